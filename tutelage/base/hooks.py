@@ -47,6 +47,9 @@ HOOKS: dict[str, Hook] = {
     "fold": Hook("fold(module) -> Tensor", "the plain weight that a wrapper stands for, for export"),
     "adapter": Hook("adapter(modules) -> (config, tensors)", "what the wrappers hold, in PEFT's format"),
     "build": Hook("build(groups) -> Optimizer", "the optimizer", slot="optim"),
+    "settings": Hook(
+        "settings(group) -> dict[str, Any]", "a group's settings besides its rate, asked again when steered"
+    ),
     "factor": Hook("factor(clock) -> float", "share of the base rate, pure", slot="schedule"),
     "tensor": Hook("tensor(name, tensors, base) -> Tensor", "merges one tensor", kind="apply"),
     "grow": Hook(

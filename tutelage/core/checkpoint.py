@@ -38,7 +38,9 @@ def save(run: Run, *, kept: bool = False) -> None:
         "stream": run.stream.state(),
         "methods": scalars,
         "groups": [{k: v for k, v in g.items() if k not in ("params", "names")} for g in optimizer.param_groups],
-        "settings": {m.name(): {f: getattr(m, f) for f in m.steerable} for m in run.methods.all() if m.steerable},
+        "settings": {
+            m.name(): m.model_dump(mode="json", include=set(m.steerable)) for m in run.methods.all() if m.steerable
+        },
         "signals": run.view.signals,
         "flops": engine.flops.state(),
         "mix": run.mix,

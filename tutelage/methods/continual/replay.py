@@ -33,6 +33,7 @@ class Replay(Method):
 
     off = {"rate": 0.0}
     on = {"rate": 0.5}
+    steerable = frozenset({"rate"})
 
     def source(self, view: Any) -> dict[str, tuple[Any, float]]:
         """The replayed sources under `of/name`; several share the rate by their size in tokens."""

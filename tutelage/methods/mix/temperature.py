@@ -25,6 +25,7 @@ class Temperature(Method):
     no_off = "a stage always has shares"
     baseline = {"use": "mix/fixed"}
     on = {"temperature": 1.0}
+    steerable = frozenset({"temperature"})
 
     def weights(self, names: dict[str, dict[str, float]], view: Any) -> dict[str, float]:
         """Shares that add up to 1. `names` maps each source to its facts."""

@@ -28,17 +28,14 @@ class AdamW(Method):
 
     no_off = "a stage always has an optimizer"
     baseline = {"use": "optim/adamw", "lr": 0.0}
+    steerable = frozenset({"decay"})
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        settings = [
-            {
-                **group,
-                "lr": self.lr * group["rate"],
-                "weight_decay": decayed(group, self.decay, embeddings=self.decay_embeddings),
-            }
-            for group in groups
-        ]
+        settings = [{**group, "lr": self.lr * group["rate"], **self.settings(group)} for group in groups]
         return torch.optim.AdamW(settings, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+    def settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"weight_decay": decayed(group, self.decay, embeddings=self.decay_embeddings)}
 
 
 def effect(run: Seen) -> dict[str, float]:

@@ -39,6 +39,7 @@ class Muon(Method):
 
     no_off = "a stage always has an optimizer"
     baseline = {"use": "optim/adamw"}
+    steerable = frozenset({"decay", "momentum"})
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         hidden: list[dict[str, Any]] = []
@@ -49,13 +50,16 @@ class Muon(Method):
                 chosen = [i for i, fits in enumerate(mine) if fits is wanted]
                 if chosen:
                     part = {**group, **{key: [group[key][i] for i in chosen] for key in ("names", "params")}}
-                    place.append({**part, "lr": lr * group["rate"], "weight_decay": decayed(part, self.decay)})
+                    place.append({**part, "lr": lr * group["rate"], **self.settings(part)})
         parts: list[torch.optim.Optimizer] = []
         if hidden:
             parts.append(_Muon(hidden, self))
         if rest:
             parts.append(torch.optim.AdamW(rest, lr=self.rate_of_rest, betas=self.betas, eps=self.eps, fused=True))
         return Joined(parts)
+
+    def settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {"weight_decay": decayed(group, self.decay)}
 
     @property
     def rate_of_rest(self) -> float:

@@ -23,6 +23,7 @@ class Constant(Method):
 
     no_off = "a stage always has a schedule"
     baseline = {"use": "schedule/linear"}
+    steerable = frozenset({"level"})
 
     def factor(self, clock: Clock) -> float:
         return self.level * ramp(clock, self.warm)

@@ -23,6 +23,7 @@ class Cosine(Method):
 
     no_off = "a stage always has a schedule"
     baseline = {"use": "schedule/constant"}
+    steerable = frozenset({"floor"})
 
     def factor(self, clock: Clock) -> float:
         return ramp(clock, self.warm) * to_floor(fall(between(clock, self.warm, END), "cosine"), self.floor)

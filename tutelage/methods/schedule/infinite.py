@@ -39,6 +39,8 @@ class Infinite(Method):
     no_off = "a stage always has a schedule"
     baseline = {"use": "schedule/cosine"}
     on = {"cool": "40%", "anneal": "20%"}
+    steerable = frozenset({"stay", "anneal", "floor"})
+    last = "anneal"
 
     def factor(self, clock: Clock) -> float:
         done = between(clock, self.warm, self.cool)

@@ -33,6 +33,7 @@ class Rewarm(Method):
     no_off = "a stage always has a schedule"
     baseline = {"use": "schedule/constant", "level": 0.1}
     on = {"warm": "20%"}
+    steerable = frozenset({"floor"})
 
     def factor(self, clock: Clock) -> float:
         clock = replace(clock, origin={})  # a schedule that was carried along begins anew

@@ -25,6 +25,8 @@ class WSD(Method):
 
     no_off = "a stage always has a schedule"
     baseline = {"use": "schedule/cosine"}
+    steerable = frozenset({"cooldown", "floor"})
+    last = "cooldown"
 
     def factor(self, clock: Clock) -> float:
         done = 1.0 - min(1.0, clock.left(self.cooldown))
