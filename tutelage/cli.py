@@ -52,9 +52,14 @@ def run(
         bool, typer.Option("--reuse", help="go on with what is there although the recipe changed")
     ] = False,
     retrain: Annotated[bool, typer.Option("--retrain", help="make changed stages anew, beside the old ones")] = False,
+    after: Annotated[str | None, typer.Option(help="wait until nobody works on this RUN/STAGE")] = None,
     runs: RunsOption = RUNS,
 ) -> None:
     """Make every stage of a recipe; go on where an earlier call was cut; close with a report."""
+    if after is not None:
+        from tutelage.watching import find, until_free
+
+        until_free(find(after, runs=runs))
     from tutelage.command import run_recipe
 
     raise typer.Exit(run_recipe(recipe, sets=sets or [], only=only, jobs=jobs, reuse=reuse, retrain=retrain, runs=runs))

@@ -11,6 +11,7 @@ import os
 import queue
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,12 +77,17 @@ def sole_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  held until the block ends
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            owner = handle.read().strip() or "another process"
-            raise UserError(f"{folder} is being written by {owner}; wait for it or end it, then run again") from error
+        for left in reversed(range(20)):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if left:  # somebody who only looks whether the stage is at work lets go at once
+                    time.sleep(0.01)
+                    continue
+                handle.seek(0)
+                who = handle.read().strip() or "another process"
+                raise UserError(f"{folder} is being written by {who}; wait for it or end it, then run again") from error
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
