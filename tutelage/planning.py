@@ -14,8 +14,8 @@ from rich.console import Console
 
 from tutelage import sampling, sizing
 from tutelage.base.errors import UserError
-from tutelage.base.links import late_names
 from tutelage.base.spec import SourceSpec
+from tutelage.base.values import late_names
 from tutelage.core import artifact
 from tutelage.core.graph import Graph, Node, difference, methods_of
 from tutelage.core.record import read_lines
@@ -109,6 +109,7 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     stage, cache = node.stage, node.graph.runs / ".data"
     if stage.product == "table":
         return
+    _known(stage)
     processor, vocab = _processor(node, row["notes"], seen)
     amounts = {name: _amount(node, name, spec, processor, cache, row) for name, spec in stage.data.items()}
     row["data"] = {
@@ -139,6 +140,13 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
         seen[mark] = True
     row["disk"] = sizing.disk_of(node, model, row["memory"], tokens=new, vocab=vocab)
     _spans(node, row, amounts, each, sizing.threads_of(node, model.params))
+
+
+def _known(tree: Any) -> None:
+    """Later, if anything in it is a value that another stage has yet to write."""
+    waits = list(dict.fromkeys(name for name, _ in late_names(tree)))
+    if waits:
+        raise Later(waits)
 
 
 def _shape(node: Node, model: Model) -> str:
@@ -203,6 +211,7 @@ def _config(node: Node) -> dict[str, Any]:
     graph, start = node.graph, node.starts()[0] if node.starts() else None
     if start is None:
         raise Later([node.name])
+    _known(start)
     if isinstance(start, dict) and "best" in start:
         start = start["best"][0]  # arms of one stage, of one shape
     name = graph.stage_name(start)
@@ -239,6 +248,7 @@ def _processor(node: Node, notes: list[str], seen: dict[str, Any]) -> tuple[Any,
     elif node.stage.tokenizer is None and isinstance(start, str):
         folder = graph.modality.start_files(start)[0]
     wanted = node.stage.tokenizer
+    _known(wanted)
     key = f"processor|{folder}|{json.dumps(wanted, default=str)}|{node.name if wanted else ''}"
     if key not in seen:
         if graph.modality.name == "text" and isinstance(wanted, dict) and wanted.get("train") == "bpe":

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from tutelage.base.errors import UserError
-from tutelage.base.expand import expand, late_bound, late_names, merge, order, references, root_name
+from tutelage.base.expand import expand, merge, order, references, root_name
 from tutelage.base.load import dump, load
 from tutelage.base.marked import mark
 from tutelage.base.spec import Recipe, Stage
+from tutelage.base.values import late_bound, late_names
 
 BASE = {"start": "gpt2", "data": {"p": "p.jsonl"}, "until": "9step"}
 
@@ -317,3 +318,113 @@ def test_a_value_that_was_not_written_is_named() -> None:
     )
     with pytest.raises(UserError, match="stage 'law' wrote no value 'rate'; it wrote lr, n"):
         late_bound(stage, {"law": {"lr": 1.0, "n": 2.0}})
+
+
+LAW = {"start": "a", "measure": ["probe/bits_per_byte"]}
+
+
+def everywhere() -> dict[str, Any]:
+    """A recipe in which every kind of number and span waits for a value."""
+
+    def wait(value: str, **unit: str) -> dict[str, str]:
+        return {"of": "law", "value": value, **unit}
+
+    late = {
+        "start": {"model_type": "llama", "hidden_size": wait("width")},
+        "data": {"p": {"path": "p.jsonl", "weight": wait("share")}},
+        "length": wait("length"), "batch": wait("rows"), "until": wait("tokens", unit="tok"),
+        "optim": {"use": "optim/adamw", "lr": wait("lr")}, "schedule": {"use": "schedule/cosine", "warm": wait("warm", unit="%")},
+        "mix": {"use": "mix/fixed", "shares": {"p": wait("share")}}, "engine": {"clip": wait("lr"), "micro": wait("rows")},
+        "groups": [{"match": "*", "rate": wait("share")}], "evals": {"every": wait("rows", unit="step"), "final": wait("rows")},
+        "save": {"every": wait("rows")}, "actions": [{"tick": 2, "do": "scale", "path": "optim.lr", "by": wait("share")}],
+    }  # fmt: skip
+    merged = {"start": ["a", "late"], "apply": {"use": "merge/linear", "weights": [0.5, wait("share")]}}
+    return {"stages": {"a": BASE, "law": LAW, "late": late, "merged": merged}}
+
+
+VALUES = {
+    "length": 47.6,
+    "rows": 16.0,
+    "tokens": 123456789.0,
+    "lr": 0.00123456789,
+    "warm": 2.5,
+    "share": 1 / 3,
+    "width": 64.0,
+}
+
+
+def test_a_value_may_stand_wherever_a_number_or_a_span_does() -> None:
+    recipe = load(everywhere())
+    assert references(recipe.stages["late"], among=recipe.stages) == ["law"]
+    assert references(recipe.stages["merged"], among=recipe.stages) == ["a", "late", "law"]
+    late = late_bound(recipe.stages["late"], {"law": VALUES}, name="late")
+    assert (late.length, str(late.batch), str(late.until)) == (48, "16sample", "123457ktok")
+    assert (
+        late.data["p"].weight == 0.333333
+        and late.start["hidden_size"] == 64
+        and isinstance(late.start["hidden_size"], int)
+    )
+    assert (late.engine.clip, late.engine.micro, late.groups[0].rate) == (0.00123457, 16, 0.333333)
+    assert (late.evals.every, late.evals.final, str(late.save.every)) == ("16step", 16, "16step")
+    assert late.optim == {"use": "optim/adamw", "lr": 0.00123457} and late.actions[0]["by"] == 0.333333
+    assert late.schedule == {"use": "schedule/cosine", "warm": "2.5%"}
+    assert late.mix == {"use": "mix/fixed", "shares": {"p": 0.333333}}
+    merged = late_bound(recipe.stages["merged"], {"law": VALUES})
+    assert merged.apply == {"use": "merge/linear", "weights": [0.5, 0.333333]}
+    assert not late_names(late) and not late_names(merged)
+
+
+def test_a_recipe_with_values_is_written_and_read_back_equal() -> None:
+    recipe = load(everywhere())
+    assert load(dump(recipe)) == recipe
+    assert recipe.model_dump(mode="json")["stages"]["late"]["until"] == {"of": "law", "value": "tokens", "unit": "tok"}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"start": {"of": "law", "value": "x"}}, "stages.b.start: a value of another stage stands for a number or a span"),
+        ({"optim": {"of": "law", "value": "x"}}, "stages.b.optim: a value of another stage stands for a number"),
+        ({"optim": {"use": {"of": "law", "value": "x"}}}, "stages.b.optim.use: a value of another stage"),
+        ({"methods": [{"of": "law", "value": "x"}]}, "stages.b.methods.0: a value of another stage"),
+        ({"data": {"of": "law", "value": "x"}}, "stages.b.data: only a source's `weight`"),
+        ({"data": {"p": {"path": "p.jsonl", "val": {"of": "law", "value": "x"}}}}, "stages.b.data.p.val: only a source's `weight`"),
+        ({"seed": {"of": "law", "value": "x"}}, "stages.b.seed: a seed is known before"),
+        ({"precision": {"of": "law", "value": "x"}}, "stages.b.precision: a value of another stage stands for a number"),
+        ({"engine": {"compile": {"of": "law", "value": "x"}}}, "stages.b.engine.compile: a value of another stage"),
+        ({"repeat": {"of": "law", "value": "x"}}, "stages.b.repeat: a value of another stage stands for a number"),
+        ({"sweep": {"length": {"of": "law", "value": "x"}}}, "stages.b.sweep.length: a value of another stage"),
+        ({"length": {"of": "law", "value": "x", "unit": "tok"}}, "stages.b.length: a unit goes with a span"),
+        ({"until": {"of": "law", "value": "x", "unit": "miles"}}, "stages.b.until: 'miles' is no unit; one of step, tok"),
+        ({"until": {"of": "a", "value": "x"}}, "stages.b.until.of: stage 'a' makes a model; only one with `measure`"),
+        ({"until": {"of": "lav", "value": "x"}}, "stages.b.until.of: no stage 'lav'; did you mean 'law'?"),
+    ],
+)  # fmt: skip
+def test_a_value_that_would_change_the_graph_is_refused_in_a_line(change: dict[str, Any], line: str) -> None:
+    found = said(a=BASE, law=LAW, b={**BASE, "start": "a", **change})
+    assert found.startswith(line) and "\n" not in found
+
+
+def test_a_misplaced_value_is_named_with_its_line(tmp_path: Any) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "stages:\n  a: {start: gpt2, until: 9step}\n  law: {start: a, measure: [probe/bits_per_byte]}\n"
+        "  b:\n    start: a\n    optim: {of: law, value: x}\n    until: 9step\n"
+    )
+    with pytest.raises(UserError, match=r"r.yaml:6: stages.b.optim: a value of another stage"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("length", 3.0, "stages.late.length: length of law is 3; here it should be greater than or equal to 8"),
+        ("lr", -1.0, r"stages.late.engine.clip: lr of law is -1(.0)?; here it should be greater than 0"),
+        ("tokens", -5.0, r"stages.late.until: tokens of law \(tok\) is -5tok; here it should be .*not a span"),
+        ("share", "nan", "stages.late.data.p.weight: share of law is nan, which is no number to go on with"),
+        ("rows", float("inf"), "stages.late.batch: rows of law is inf, which is no number"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(key: str, value: Any, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        late_bound(load(everywhere()).stages["late"], {"law": {**VALUES, key: value}}, name="late")

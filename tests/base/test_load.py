@@ -60,7 +60,7 @@ def test_every_recipe_of_the_house_loads_and_reads_back(path: Path) -> None:
         (A + "    groups:\n      - rate: 2\n", "recipe:7: stages.a.groups.0 lacks 'match'"),
         (A + "    save: {every: 5parsec}\n", "recipe:6: stages.a.save.every: '5parsec' is not a span"),
         (A + "    batch: 5step\n", "recipe:6: stages.a.batch: a batch is counted in tokens or rows"),
-        (A + "    length: {of: a, value: n}\n", "a value of another stage fits in the settings of a method"),
+        (A + "    length: {of: a, value: n}\n", "recipe:2: stage a refers to a: stages cannot wait for one another"),
         (A + "    apply: merge/linear\n", "exactly one of until, apply, make, measure (here: until and apply)"),
         (
             A + "  b: {start: a}\n",
@@ -289,3 +289,21 @@ def test_what_was_loaded_loads_equal_when_it_is_dumped(stages: dict[str, Any], s
     recipe = load({"stages": stages, "seed": seed})
     assert load(dump(recipe)) == recipe
     assert load(to_yaml({"stages": stages, "seed": seed})) == recipe
+
+
+def test_a_stage_that_does_not_train_has_rows_as_long_as_what_it_comes_from() -> None:
+    train = {"start": "gpt2", "data": {"p": "p.jsonl"}, "until": "9step"}
+    stages: dict[str, Any] = {
+        "merged": {"start": ["./outside", "b", "a"], "apply": "merge/linear"},
+        "grown": {"start": "merged", "apply": "grow/stack"},
+        "table": {"measure": ["probe/bits_per_byte"], "of": ["a", "b"]},
+        "told": {"start": "a", "apply": "grow/stack", "length": 512},
+        "alone": {"start": "./outside", "make": "synth/self_samples"},
+        "on": {**train, "start": "a"},
+        "a": {**train, "length": 64}, "b": {**train, "length": 96},
+    }  # fmt: skip
+    found = load({"stages": stages})
+    lengths = {name: stage.length for name, stage in found.stages.items()}
+    assert lengths == {"a": 64, "b": 96, "merged": 96, "grown": 96, "table": 64, "told": 512, "alone": 512, "on": 512}
+    assert load(dump(found)) == found
+    assert load(Recipe.model_validate({"stages": stages})) == found

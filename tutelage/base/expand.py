@@ -12,12 +12,13 @@ from itertools import product
 from typing import Any
 
 from tutelage.base.errors import UserError, did_you_mean
-from tutelage.base.links import at, late_bound, late_names, order, references, resolve, stage_of, visit
+from tutelage.base.links import at, order, references, resolve, stage_of, visit
 from tutelage.base.marked import Map, Seq, mark
 from tutelage.base.paths import assign, widened
-from tutelage.base.spec import Stage
+from tutelage.base.spec import Stage, is_late
+from tutelage.base.values import GRAPH
 
-__all__ = ["expand", "late_bound", "late_names", "merge", "order", "references", "root_name"]
+__all__ = ["expand", "merge", "order", "references", "root_name"]
 
 
 def root_name(stage: str) -> str:
@@ -64,6 +65,8 @@ def _unroll(stages: Map) -> Map:
 
 def _rounds(name: str, stage: Map) -> list[Map]:
     times, place = stage["repeat"], at(stage, ("repeat",))
+    if is_late(times):
+        raise UserError(f"{place}stages.{name}.repeat: {GRAPH}")
     if not isinstance(times, int) or isinstance(times, bool) or times < 1:
         raise UserError(f"{place}stages.{name}.repeat: how many rounds, 1 or more, not {times!r}")
     block = "stages" in stage
@@ -156,6 +159,8 @@ def _arms(name: str, stage: Map) -> list[tuple[str, Map]]:
     named: list[tuple[str, Map]] = []
     listed: list[tuple[str, list[Any], list[str]]] = []
     for key, value in sweep.items():
+        if is_late(value):
+            raise UserError(f"{at(sweep, (key,))}stages.{name}.sweep.{key}: {GRAPH}")
         if isinstance(value, Map) or value is None:
             named.append((key, value or Map()))
         elif isinstance(value, list) and value:

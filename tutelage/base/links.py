@@ -10,7 +10,7 @@ from typing import Any
 
 from tutelage.base.errors import UserError, nearest
 from tutelage.base.marked import Key, Map, dotted, place_of, plain
-from tutelage.base.spec import Recipe, Stage
+from tutelage.base.spec import Recipe, Stage, is_late
 
 WORDS = frozenset({"previous", "self", "none", "start"})  # what `of` may say beside a stage's name
 _OPAQUE = ("start", "actions", "args")  # keys whose insides are not searched for `of`
@@ -34,8 +34,9 @@ def outside(reference: str) -> bool:
 def visit(stage: Any, fn: Visit) -> None:
     """Call `fn(reference, path)` for every name of a stage in the raw stage and put what it returns in its place.
 
-    References stand in `start` (also in a list and under `best`), in `stage` of a source, and in any `of`. A list
-    returned in the place of one item of a list is spliced in.
+    References stand in `start` (also in a list and under `best`), in `stage` of a source, and in any `of`. Inside what
+    is not ours (a model's config, a generator's arguments) only the `of` of a value counts. A list returned in the
+    place of one item of a list is spliced in.
     """
     if not isinstance(stage, dict):
         return
@@ -76,11 +77,18 @@ def _ofs(tree: Any, fn: Visit, path: tuple[Key, ...]) -> None:
         if "of" in tree:
             _each(tree, "of", fn, (*path, "of"))
         for key, item in tree.items():
-            if key not in _OPAQUE:
-                _ofs(item, fn, (*path, key))
+            (_lates if key in _OPAQUE else _ofs)(item, fn, (*path, key))
     elif isinstance(tree, list):
         for i, item in enumerate(tree):
             _ofs(item, fn, (*path, i))
+
+
+def _lates(tree: Any, fn: Visit, path: tuple[Key, ...]) -> None:
+    if is_late(tree):
+        _each(tree, "of", fn, (*path, "of"))
+    elif isinstance(tree, (dict, list)):
+        for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            _lates(item, fn, (*path, key))
 
 
 def references(stage: Stage | dict[str, Any], *, among: Collection[str] | None = None) -> list[str]:
@@ -225,7 +233,7 @@ def _product(base: str, recipe: Recipe, path: tuple[Key, ...], where: str) -> No
     made = recipe.stages[base].product
     if path[-1] == "stage" and made != "data":
         raise UserError(f"{where}: stage '{base}' makes a {made}, not data; only a stage with `make` is a source")
-    if path[0] == "start" and "best" not in path and made == "table":
+    if path[0] == "start" and path[-1] != "of" and "best" not in path and made == "table":
         raise UserError(f"{where}: stage '{base}' makes a table, and training does not start from one")
 
 
@@ -239,66 +247,3 @@ def _best(start: Any, name: str, tree: Map) -> None:
         if wrong or not isinstance(item["best"], list) or item.get("better") not in (None, "lower", "higher"):
             what = f"has no key '{wrong}'; " if wrong else ""
             raise UserError(f"{where}: {what}a choice is written {{best: [stages], by: metric, better: lower}}")
-
-
-def is_late(tree: Any) -> bool:
-    """Whether this is `{of: stage, value: name}`, a value that a stage will write."""
-    return isinstance(tree, dict) and set(tree) == {"of", "value"} and all(isinstance(v, str) for v in tree.values())
-
-
-def late_names(stage: Any) -> list[tuple[str, str]]:
-    """Every `{of: stage, value: name}` in a stage (or any part of one), as (stage, name), each once."""
-    found: dict[tuple[str, str], None] = {}
-
-    def look(tree: Any) -> None:
-        if is_late(tree):
-            found[tree["of"], tree["value"]] = None
-        for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-            look(item)
-
-    look(plain(stage))
-    return list(found)
-
-
-def late_bound(stage: Stage, values: Mapping[str, Mapping[str, Any]]) -> Stage:
-    """The stage with every `{of: law, value: ratio}` replaced by `values["law"]["ratio"]`, to six digits.
-
-    UserError names a value that its stage did not write.
-    """
-    if not late_names(stage):
-        return stage
-
-    def put(tree: Any) -> Any:
-        if is_late(tree):
-            table = values.get(tree["of"], {})
-            if tree["value"] not in table:
-                written = ", ".join(table) or "nothing"
-                raise UserError(f"stage '{tree['of']}' wrote no value '{tree['value']}'; it wrote {written}")
-            return rounded(table[tree["value"]])
-        if isinstance(tree, dict):
-            return {key: put(item) for key, item in tree.items()}
-        return [put(item) for item in tree] if isinstance(tree, list) else tree
-
-    return Stage.model_validate(put(plain(stage)))
-
-
-def unbound(stage: Stage) -> Stage:
-    """The stage as far as it is known: settings that wait for a value of another stage are left out."""
-    if not late_names(stage):
-        return stage
-
-    def known(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {key: known(item) for key, item in tree.items() if not is_late(item)}
-        return [known(item) for item in tree if not is_late(item)] if isinstance(tree, list) else tree
-
-    return Stage.model_validate(known(plain(stage)))
-
-
-def rounded(value: Any) -> Any:
-    """Numbers to six significant digits, so that a value that differs in the last bits is the same value."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value

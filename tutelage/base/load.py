@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from tutelage.base import values
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.expand import expand
-from tutelage.base.links import WORDS, at, check, is_late
+from tutelage.base.links import WORDS, at, check, order, references
 from tutelage.base.marked import Key, Map, dotted, has, mark, parse, place_of, plain, to_yaml
 from tutelage.base.paths import assign, schema_at, unknown_key
 from tutelage.base.spec import Recipe
@@ -36,12 +37,14 @@ def load(recipe: str | Path | Mapping[str, Any] | Recipe, *, sets: Sequence[str]
         _set(tree, text)
     tree = expand(tree)
     _names(tree)
+    values.check(tree)
     try:
         found = Recipe.model_validate(plain(tree))
     except ValidationError as error:
         raise UserError(explain(error, tree)) from error
     check(found, tree)
-    return found
+    values.check_sources(found, tree)
+    return lengths(found)
 
 
 def dump(recipe: Recipe) -> str:
@@ -49,7 +52,25 @@ def dump(recipe: Recipe) -> str:
     return to_yaml(recipe)
 
 
+def lengths(recipe: Recipe) -> Recipe:
+    """The recipe with the row length of every stage that does not train: that of what it starts from, or measures.
+
+    A merge of models trained on rows of 256 tokens is not measured on rows of 512. The first start that is a stage
+    of the recipe counts; a length that was written stays.
+    """
+    stages = dict(recipe.stages)
+    for name in order(recipe):
+        stage = stages[name]
+        if stage.until is None and "length" not in stage.model_fields_set:
+            before = references({"start": stage.start, "of": stage.of or []}, among=stages)
+            if before:
+                stages[name] = stage.model_copy(update={"length": stages[before[0]].length})
+    return recipe.model_copy(update={"stages": stages})
+
+
 def _read(recipe: str | Path | Mapping[str, Any] | Recipe) -> Map:
+    if isinstance(recipe, Recipe):
+        recipe = lengths(recipe)  # here, since what was left out is written down by `mark`
     if isinstance(recipe, Mapping) or not isinstance(recipe, (str, Path)):
         file, tree = "", mark(recipe)
     elif isinstance(recipe, str) and _is_text(recipe):
@@ -143,8 +164,6 @@ def _say(path: tuple[Key, ...], faults: list[ErrorDetails], tree: Map) -> str:
         return f"stages is empty; a recipe begins with {_EXAMPLE}"
     if kind in ("model_type", "dict_type", "model_attributes_type") and len(faults) == 1:
         return f"{where}: a mapping of keys belongs here ({_got(given)})"
-    if is_late(given):
-        return f"{where}: a value of another stage fits in the settings of a method, not here"
     if kind == "value_error":
         return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
     if kind == "literal_error" and isinstance(given, str):

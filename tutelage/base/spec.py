@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from tutelage.base.clock import Span, SpanField
 
@@ -15,7 +28,48 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class SourceSpec(Strict):
+class Late(dict[str, str]):
+    """`{of: law, value: ratio}` in the place of a number or a span, until stage `law` has measured it.
+
+    `unit` says what a span is counted in (`{of: law, value: tokens, unit: tok}`); steps, or rows of a batch, without.
+    """
+
+    def __str__(self) -> str:
+        return f"{self['value']} of {self['of']}" + (f" ({self['unit']})" if "unit" in self else "")
+
+
+def is_late(tree: Any) -> bool:
+    """Whether this is `{of: stage, value: name}`, a value that a stage will write."""
+    known = isinstance(tree, dict) and {"of", "value"} <= set(tree) <= {"of", "value", "unit"}
+    return known and all(isinstance(item, str) for item in tree.values())
+
+
+def kinds(schema: Any) -> set[Any]:
+    """The plain types that a field may hold: `{float, NoneType}` of `float | None`."""
+    origin, args = get_origin(schema), get_args(schema)
+    if origin is Annotated:
+        return kinds(args[0])
+    if origin in (Union, UnionType):
+        return {kind for arm in args for kind in kinds(arm)}
+    return {origin or schema}
+
+
+class Waiting(Strict):
+    """A part of a recipe in which a number or a span may be a value that another stage has yet to write."""
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _wait(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        late = is_late(value) and kinds(field.annotation) & {int, float, Span}
+        return Late(value) if late else handler(value)
+
+    @field_serializer("*", mode="wrap")
+    def _written(self, value: Any, handler: SerializerFunctionWrapHandler) -> Any:
+        return dict(value) if isinstance(value, Late) else handler(value)
+
+
+class SourceSpec(Waiting):
     """One body of data. Write a path or `stdlib:prose` alone as shorthand for `{path: …}`."""
 
     path: str | list[str] | None = Field(None, description="file, folder, glob, or `stdlib:prose` / `stdlib:code`")
@@ -63,7 +117,7 @@ Entry = str | dict[str, Any]
 """A method in a recipe: `axis/name`, or `{use: axis/name, setting: value}`."""
 
 
-class EvalSpec(Strict):
+class EvalSpec(Waiting):
     """Measurement inside a stage."""
 
     every: str | int = Field("log", description="`log` (log-spaced, then even), a span, or `none`")
@@ -73,14 +127,14 @@ class EvalSpec(Strict):
     final: int = Field(256, ge=1, description="held-out rows measured per source when a stage ends")
 
 
-class SaveSpec(Strict):
+class SaveSpec(Waiting):
     """Checkpoints inside a stage, for resume and branch."""
 
     every: SpanField = Field(Span(10, "min"), description="span between checkpoints")
     keep: int = Field(2, ge=1, description="how many of the newest to keep")
 
 
-class EngineSpec(Strict):
+class EngineSpec(Waiting):
     """How a step is computed; none of it changes what is learned beyond rounding."""
 
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; null for none")
@@ -94,7 +148,7 @@ class EngineSpec(Strict):
     threads: int | None = Field(None, ge=1, description="CPU threads; one for small models when left out")
 
 
-class GroupSpec(Strict):
+class GroupSpec(Waiting):
     """Parameters (or modules, for dropout) with settings of their own."""
 
     match: str | list[str] = Field(description="patterns over parameter names, as in `train`")
@@ -103,7 +157,7 @@ class GroupSpec(Strict):
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the modules that match")
 
 
-class Stage(Strict):
+class Stage(Waiting):
     """One stage: trains `until`, or `apply`s a transformation, or `make`s data, or `measure`s a table."""
 
     start: Any = Field(None, description="a stage, folder, hub name, config file, {best: [...], by: metric}, or a list")

@@ -13,9 +13,10 @@ from tutelage.base.action import CHANGES
 from tutelage.base.errors import UserError
 from tutelage.base.expand import root_name
 from tutelage.base.hooks import HOOKS, SLOTS
-from tutelage.base.links import order, references, unbound
+from tutelage.base.links import order, references
 from tutelage.base.method import Method
-from tutelage.base.spec import Recipe, SourceSpec, Stage
+from tutelage.base.spec import Recipe, SourceSpec, Stage, is_late
+from tutelage.base.values import unbound
 from tutelage.core.identity import code_id, file_id, weights_id
 from tutelage.core.modality import Modality
 from tutelage.core.record import read_lines
@@ -25,6 +26,7 @@ NUMERICS = 1  # raised by hand when the core would give other numbers for the sa
 # What changes no number that the stage makes: measurement, saving, the machine.
 _APART = ("evals", "save", "keep", "start", "data", "of")
 _ENGINE_APART = ("micro", "device", "threads")
+_TRAINING = ("optim", "schedule", "mix", "curriculum", "step")  # slots that a stage which writes data never uses
 PASSAGE = 256  # tokens that an outside model writes at a time for `keep: self`, where rows have room for them
 STEPS = "steps"  # beside a stage's checkpoints: those that somebody starts from or exports, as model folders
 BUILTIN_PACKING = ("documents", "concat", "single")
@@ -250,10 +252,11 @@ class Graph:
                 f"stages.{name}.keep: `self` needs a start from outside; here its ancestors' data are measured"
             )
         writer = f"{name}.self"
+        length = PASSAGE if is_late(stage.length) else stage.length
         self.recipe.stages[writer] = Stage(
             start=weights[0],
-            make={"use": self.modality.sampler, "length": min(PASSAGE, stage.length)},
-            length=stage.length,
+            make={"use": self.modality.sampler, "length": min(PASSAGE, length)},
+            length=length,
             seed=stage.seed,
             engine=stage.engine,
         )
@@ -280,6 +283,9 @@ class Graph:
         literals = node.stage.model_dump(mode="json", exclude=set(_APART))
         literals["engine"] = {k: v for k, v in literals["engine"].items() if k not in _ENGINE_APART}
         methods = methods_of(node.name, node.stage)
+        for slot in _TRAINING if node.stage.make is not None else ():
+            methods.slots[slot] = None
+            del literals[slot]
         for slot, method in methods.slots.items():
             if method is not None:
                 literals[slot] = {"use": method.name(), **method.model_dump(mode="json")}
@@ -299,7 +305,10 @@ class Graph:
         if node.stage.until is not None and node.stage.objective is None and (config := self._config(node)):
             entries.append(self.modality.objective_of(config))
         own = [registry.make(entry, place=f"stages.{node.name}") for entry in entries]
-        return methods_of(node.name, node.stage).all() + own
+        methods = methods_of(node.name, node.stage)
+        if node.stage.make is not None:
+            methods.slots |= dict.fromkeys(_TRAINING)
+        return methods.all() + own
 
     def _config(self, node: Node) -> dict[str, Any]:
         """The config of the model that a stage's weights come from in the end."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tutelage.base.errors import UserError, did_you_mean
-from tutelage.base.links import late_bound
+from tutelage.base.values import late_bound
 from tutelage.core.execute import run_stage
 from tutelage.core.graph import Drift, Graph, Node, acts_of_people
 from tutelage.core.loop import Stopped
@@ -123,7 +123,7 @@ def settle(graph: Graph, node: Node, *, drift: str | Choose) -> None:
 
     `drift` as in Graph.place, or a function that is asked.
     """
-    node.stage = late_bound(node.stage, tables(graph, node))
+    node.stage = late_bound(node.stage, tables(graph, node), name=node.name)
     starts = [best(graph, start) if isinstance(start, dict) and "best" in start else start for start in node.starts()]
     if starts != node.starts():
         node.stage = node.stage.model_copy(
