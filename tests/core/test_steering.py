@@ -14,7 +14,7 @@ import pytest
 from tests.faults.test_kill import in_child
 from tests.toy import graph, numbers
 from tutelage.base.errors import UserError
-from tutelage.core import artifact, loop, steer
+from tutelage.core import acts, artifact, loop, steer
 from tutelage.core.record import read_lines
 from tutelage.core.run import run_graph
 from tutelage.look import digest_of
@@ -56,6 +56,11 @@ def at(tick: int, folder: Path, *acts: Any, name: str = "first", monkeypatch: py
         return collect(stage)
 
     monkeypatch.setattr(steer, "collect", collected)
+
+
+def answer_of(home: Path, name: str = "first") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((home / f"answers/{name}.json").read_text())
+    return found
 
 
 def done_to(home: Path) -> list[dict[str, Any]]:
@@ -166,8 +171,8 @@ def test_a_save_is_kept_when_others_go(tmp_path: Path) -> None:
         recipe["stages"]["one"]["save"] = {"every": "1step", "keep": 1}
 
     home = run(tmp_path, change=both(often, actions({"tick": 2, "do": "save"})))
-    assert [int(path.name) for path in artifact.states(home / "state")] == [3, 8]
-    assert (home / "state/000000003/kept").exists()
+    assert [int(path.name) for path in artifact.states(home / "state")] == [2, 8]
+    assert (home / "state/000000002/kept").exists()
 
 
 def test_a_stage_is_extended_and_ended(tmp_path: Path) -> None:
@@ -199,7 +204,7 @@ def test_a_measurement_and_a_remark_change_no_bit(tmp_path: Path) -> None:
         tmp_path / "looked", change=actions({"tick": 2, "do": "eval"}, {"tick": 4, "do": "note", "text": "looks well"})
     )
     assert digest_of(looked) == digest_of(plain)
-    assert [row["step"] for row in numbers(looked, kind="eval")] == [0, 3, 8]
+    assert [row["step"] for row in numbers(looked, kind="eval")] == [0, 2, 8]
 
 
 def test_a_method_declares_what_may_be_set(tmp_path: Path) -> None:
@@ -225,7 +230,7 @@ def test_a_request_is_written_down_with_its_author_before_it_holds(tmp_path: Pat
     (line,) = done_to(home)
     assert (line["id"], line["tick"], line["by"], line["why"]) == ("first", 3, "ada", "to see")
     assert [row["lr"] for row in numbers(home, kind="train")] == pytest.approx([1e-2] * 3 + [5e-3] * 5)
-    assert (home / "requests/first.accepted").exists()
+    assert answer_of(home)["state"] == "applied" and answer_of(home)["tick"] == 3
 
 
 WRONG: dict[str, Any] = {
@@ -256,8 +261,11 @@ def test_what_cannot_be_done_is_refused_and_hurts_nothing(tmp_path: Path) -> Non
     request(tmp_path / "asked", name="torn").write_text('{"by": "ada", "do": [')
     said: list[str] = []
     home = run(tmp_path / "asked", said=said)
-    left = sorted(path.name for path in (home / "requests").iterdir())
-    assert left == sorted([*(f"wrong{i}.refused" for i in range(len(WRONG))), "spoofed.refused", "torn.refused"])
+    left = sorted(path.stem for path in (home / "answers").iterdir())
+    assert left == sorted([*(f"wrong{i}" for i in range(len(WRONG))), "spoofed", "torn"])
+    assert not list((home / "requests").iterdir())
+    assert {answer_of(home, name)["state"] for name in left} == {"refused"}
+    assert all(answer_of(home, name)["error"] for name in left)
     assert len(said) == len(left) and all("refused" in line and "\n" not in line for line in said)
     assert not done_to(home)
     assert digest_of(home) == digest_of(plain) and numbers(home) == numbers(plain)
@@ -271,7 +279,7 @@ def test_a_setting_out_of_its_bounds_is_refused_where_it_is_asked(tmp_path: Path
 
     request(tmp_path, {"do": "set", "path": "continual/ewc.strength", "to": -3.0})
     home = run(tmp_path, change=pulled)
-    assert (home / "requests/first.refused").exists()
+    assert "greater than or equal to 0" in answer_of(home)["error"]
 
 
 def test_a_recipe_with_a_misspelled_action_is_refused_before_its_first_step(tmp_path: Path) -> None:
@@ -299,7 +307,7 @@ def killed_after(step: int, work: Callable[[], Any]) -> None:
     work()
 
 
-@pytest.mark.parametrize("where", ["written", "answered", "applied", "saved"])
+@pytest.mark.parametrize("where", ["written", "half", "answered", "applied", "saved"])
 def test_a_request_cut_by_a_kill_holds_exactly_once(where: str, tmp_path: Path, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
         at(5, tmp_path / "whole", HALVED, monkeypatch=patch)
@@ -308,31 +316,24 @@ def test_a_request_cut_by_a_kill_holds_exactly_once(where: str, tmp_path: Path, 
     def work() -> None:
         die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
         at(5, tmp_path / "cut", HALVED, monkeypatch=monkeypatch)
-        if where in ("written", "answered"):
-            monkeypatch.setattr(steer, "_answered" if where == "written" else "apply", die_after(5, die))
+        moments = {"written": (steer, "carry_out"), "half": (acts, "apply"), "answered": (steer, "answer")}
+        if where in moments:
+            monkeypatch.setattr(*moments[where], die)
         killed_after({"applied": 6, "saved": 8}.get(where, 99), lambda: run(tmp_path / "cut"))
-
-    def die_after(tick: int, die: Any) -> Any:
-        before = steer.apply
-
-        def at_tick(run: Any, *args: Any) -> Any:
-            return die() if run.clock.tick == tick else before(run, *args)
-
-        return at_tick
 
     assert in_child(work) == -signal.SIGKILL
     assert len(done_to(tmp_path / "cut" / ONE)) == 1
     again = run(tmp_path / "cut")
     assert len(done_to(again)) == 1
     assert numbers(again) == numbers(whole) and digest_of(again) == digest_of(whole)
-    assert (again / "requests/first.accepted").exists()
+    assert answer_of(again)["state"] == "applied"
 
 
 def test_a_steered_run_is_a_recipe(tmp_path: Path, monkeypatch: Any) -> None:
     """What the journal says, written under `actions:`, gives the same weights."""
-    acts = [HALVED, {"do": "mix", "weights": {"a": 1.0, "b": 3.0}}, {"do": "extend", "until": "10step"}]
+    asked = [HALVED, {"do": "mix", "weights": {"a": 1.0, "b": 3.0}}, {"do": "extend", "until": "10step"}]
     with monkeypatch.context() as patch:
-        at(3, tmp_path / "live", *acts, monkeypatch=patch)
+        at(3, tmp_path / "live", *asked, monkeypatch=patch)
         at(5, tmp_path / "live", {"do": "set", "path": "optim.lr", "to": 2e-3}, name="second", monkeypatch=patch)
         live = run(tmp_path / "live", change=two_sources)
     lines = done_to(live)

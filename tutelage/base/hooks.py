@@ -40,6 +40,9 @@ HOOKS: dict[str, Hook] = {
     "grads": Hook("grads(grads, view) -> None", "changes the gradients in place, in list order"),
     "after": Hook("after(params, view) -> None", "changes the weights after the optimizer step, in list order"),
     "observe": Hook("observe(batch, loss, view) -> None", "sees the finished step"),
+    "act": Hook(
+        "act(view) -> list[dict[str, Any]]", "actions it asks for after a step, as docs/steering.md names them"
+    ),
     "step": Hook("step(engine, batch, view) -> dict[str, float]", "replaces the whole step", slot="step"),
     "modules": Hook("modules(model) -> dict[str, Module]", "trainable parts it owns"),
     # what the model is made of

@@ -157,6 +157,50 @@ class GroupSpec(Waiting):
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the modules that match")
 
 
+def _steps(value: Any) -> Any:
+    span = Span.parse(value)
+    if span.unit != "step":
+        raise ValueError(f"counted in steps (200step), not '{value}'")
+    return span
+
+
+StepsField = Annotated[Span, BeforeValidator(_steps), PlainSerializer(str)]
+"""A span in steps."""
+
+
+class LimitSpec(Strict):
+    """How far a value may be moved within a number of steps, as a factor on what it was."""
+
+    by: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]] = Field(
+        description="lowest, highest factor"
+    )
+    per: StepsField = Field(Span(200, "step"), description="the steps it is counted over")
+
+
+class ActorSpec(Strict):
+    """What agents, or policies, may do to a running stage."""
+
+    limits: dict[str, LimitSpec] = Field(default_factory=dict, description="by steerable value")
+    budget: int = Field(100, ge=0, description="requests done in this stage")
+    approve: list[str] = Field(default_factory=list, description="actions that wait for a person")
+
+
+class SteeringSpec(Strict):
+    """Who may change a running stage, and how far. Persons may do everything."""
+
+    agent: ActorSpec = Field(
+        default_factory=lambda: ActorSpec(
+            limits={"optim.lr": LimitSpec(by=(0.5, 2.0))},
+            approve=["rollback", "reset", "end_stage", "add_source", "drop_source", "branch"],
+        )
+    )
+    policy: ActorSpec = Field(
+        default_factory=lambda: ActorSpec(limits={"optim.lr": LimitSpec(by=(0.1, 10.0))}, budget=1000)
+    )
+    hold: StepsField = Field(Span(200, "step"), description="so long nobody else changes what a person has set")
+    replay: bool = Field(False, description="policies only follow; what they did stands under `actions`")
+
+
 class Stage(Waiting):
     """One stage: trains `until`, or `apply`s a transformation, or `make`s data, or `measure`s a table."""
 
@@ -189,6 +233,7 @@ class Stage(Waiting):
     actions: list[dict[str, Any]] = Field(
         default_factory=list, description="[{tick: 100, do: set, …}], as a journal has them"
     )
+    steering: SteeringSpec = Field(default_factory=SteeringSpec, description="what agents and policies may do to it")
     apply: Entry | None = Field(None, description="a transformation of the start's tensors: merge, grow, …")
     make: Entry | None = Field(None, description="a method that writes data")
     measure: list[Entry] | None = Field(None, description="probes; makes a table")

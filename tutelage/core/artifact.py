@@ -130,6 +130,9 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+MARKS = {"kept": None, "undo": 3}  # marks that hold a checkpoint back from going, and how many of the newest they hold
+
+
 def save_state(
     folder: Path,
     *,
@@ -137,24 +140,33 @@ def save_state(
     tensors: dict[str, dict[str, Tensor]],
     facts: dict[str, Any],
     keep: int,
-    kept: bool = False,
+    mark: str | None = None,
 ) -> Path:
-    """Write one checkpoint `folder/<tick>`, then drop all but the `keep` newest. One with a `kept` mark stays."""
+    """Write one checkpoint `folder/<tick>`, then drop all but the `keep` newest and those that a mark holds."""
     place = folder / f"{tick:09d}"
-    kept = kept or (place / "kept").exists()
+    marks = {name for name in MARKS if (place / name).exists()} | ({mark} if mark else set())
 
     def write(beside: Path) -> None:
         for name, group in tensors.items():
             save_tensors(beside / f"{name}.safetensors", group)
         (beside / "state.json").write_text(dumps({**facts, "tick": tick, "files": sorted(tensors)}), encoding="utf-8")
-        if kept:
-            (beside / "kept").touch()
+        for name in marks:
+            (beside / name).touch()
 
     publish(place, write)
+    held: set[Path] = set()
+    for name, count in MARKS.items():
+        marked = [path for path in states(folder) if (path / name).exists()]
+        held |= set(marked if count is None else marked[-count:])
     for old in states(folder)[:-keep]:
-        if not (old / "kept").exists():
+        if old not in held:
             shutil.rmtree(old, ignore_errors=True)
     return place
+
+
+def mark_state(folder: Path, *, tick: int, mark: str) -> None:
+    """Hold a checkpoint back from going."""
+    (folder / f"{tick:09d}" / mark).touch()
 
 
 def states(folder: Path) -> list[Path]:

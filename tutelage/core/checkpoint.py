@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tutelage.base.errors import UserError
-from tutelage.core import artifact, micro
+from tutelage.core import acts, artifact, micro, shape
 from tutelage.core.record import Metrics
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
 
-def save(run: Run, *, kept: bool = False) -> None:
+def save(run: Run, *, mark: str | None = None) -> None:
     """One checkpoint of everything that the next step depends on. Rank 0 writes."""
     engine, optimizer = run.engine, run.engine.optimizer
     assert optimizer is not None
+    run.saved = (run.clock.tick, run.lines)
     if run.engine.world.rank:
         run.engine.world.wait()
         return
@@ -27,6 +29,7 @@ def save(run: Run, *, kept: bool = False) -> None:
     for p, slots in optimizer.state.items():
         for slot, value in slots.items():
             states[f"{names[id(p)]}|{slot}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    states |= {f"{name}|{slot}": torch.as_tensor(v) for name, slots in run.parked.items() for slot, v in slots.items()}
     tensors, scalars = {}, {}
     for method in run.methods.all():
         inner, plain = artifact.flatten(method.state)
@@ -43,7 +46,8 @@ def save(run: Run, *, kept: bool = False) -> None:
         },
         "signals": run.view.signals,
         "flops": engine.flops.state(),
-        "mix": run.mix,
+        "steered": asdict(run.steered),
+        "asked": run.asked,
         "micro": engine.micro,
         "lines": run.lines,
         "measured": run.measured,
@@ -57,9 +61,37 @@ def save(run: Run, *, kept: bool = False) -> None:
         tensors=groups,
         facts=facts,
         keep=run.node.stage.save.keep,
-        kept=kept,
+        mark=mark,
     )
     run.engine.world.wait()
+
+
+def save_now(run: Run, *, mark: str) -> None:
+    """A marked checkpoint of this very moment; one that is there already is only marked."""
+    if run.saved != (run.clock.tick, run.lines):
+        save(run, mark=mark)
+    elif not run.engine.world.rank:
+        artifact.mark_state(run.folder / "state", tick=run.clock.tick, mark=mark)
+
+
+def roll_back(run: Run, *, tick: int, skip: bool) -> None:
+    """Weights, optimizer states, methods' states and position of a save; settings, tick and work done stay as they are."""
+    place = run.folder / "state" / f"{tick:09d}"
+    tensors, facts = artifact.load_state(place)
+    load_weights(run, tensors["model"], tensors.get("extra", {}))
+    run.engine.optimizer.state.clear()
+    run.parked.clear()
+    load_optimizer(run, tensors["optimizer"], None)
+    keep = {method.name(): dict(method.state) for method in run.methods.having("act")}
+    shape.begin(run, (tensors, facts))
+    for method in run.methods.having("act"):  # or it would forget that it has been here before
+        method.state.clear()
+        method.state.update(keep[method.name()])
+    if not skip:
+        run.stream.load(facts["stream"])
+    for key in ("step", "tokens", "samples", "epochs"):
+        setattr(run.clock, key, facts["clock"][key])
+    run.view.signals.update({k: float(v) for k, v in facts["signals"].items()} | {"finite": 1.0})
 
 
 def restore(run: Run, saved: Any) -> None:
@@ -71,13 +103,17 @@ def restore(run: Run, saved: Any) -> None:
         return
     tensors, facts = saved
     load_weights(run, tensors["model"], tensors.get("extra", {}))
+    if run.steered.active is not None:
+        shape.retrain(run, set(run.steered.active))
     load_optimizer(run, tensors["optimizer"], facts["groups"])
     for key, value in facts["clock"].items():
         setattr(run.clock, key, value)
     run.engine.flops.load(facts["flops"])
     run.stream.load(facts["stream"])
     run.view.signals.update({k: float(v) for k, v in facts["signals"].items()})
-    run.mix, run.lines = facts["mix"], facts["lines"]
+    run.lines, run.asked = facts["lines"], facts["asked"]
+    run.saved = (run.clock.tick, run.lines)
+    acts.settle(run)
     run.engine.micro = micro.resumed(run.engine.micro, facts["micro"])
     for method in run.methods.all():
         for field, value in facts["settings"].get(method.name(), {}).items():
@@ -100,14 +136,17 @@ def load_weights(run: Run, tensors: dict[str, Tensor], extra: dict[str, Tensor])
                 tensor.copy_(extra[f"{label}.{name}"])
 
 
-def load_optimizer(run: Run, tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> None:
-    """Optimizer states by parameter name, group settings by position."""
+def load_optimizer(run: Run, tensors: dict[str, Tensor], groups: list[dict[str, Any]] | None) -> None:
+    """Optimizer states by parameter name, those of frozen ones put aside; group settings by position, if given."""
     optimizer = run.engine.optimizer
     assert optimizer is not None
-    for group, scalars in zip(optimizer.param_groups, groups, strict=True):
+    for group, scalars in zip(optimizer.param_groups, groups or [{} for _ in optimizer.param_groups], strict=True):
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in scalars.items()})
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("|")
+        if name not in run.engine.params:
+            run.parked.setdefault(name, {})[slot] = tensor
+            continue
         p = run.engine.params[name]
         on_cpu = tensor.ndim == 0 and not optimizer.defaults.get("fused")
         optimizer.state[p][slot] = tensor if on_cpu else tensor.to(p.device)
@@ -129,7 +168,7 @@ def carry(run: Run) -> None:
         fits = {
             k: t for k, t in states.items() if t.ndim == 0 or t.shape == run.engine.params[k.rpartition("|")[0]].shape
         }
-        load_optimizer(run, fits, [{} for _ in run.engine.optimizer.param_groups])
+        load_optimizer(run, fits, None)
         run.say({"note": f"optimizer state: {len(fits)} kept, {len(tensors['optimizer']) - len(fits)} impossible"})
     if "schedule" in wanted:
         clock = facts["clock"]

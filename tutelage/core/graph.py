@@ -24,7 +24,7 @@ from tutelage.core.record import read_lines
 NUMERICS = 1  # raised by hand when the core would give other numbers for the same recipe
 
 # What changes no number that the stage makes: measurement, saving, the machine.
-_APART = ("evals", "save", "keep", "start", "data", "of")
+_APART = ("evals", "save", "keep", "start", "data", "of", "steering")
 _ENGINE_APART = ("micro", "device", "threads")
 _TRAINING = ("optim", "schedule", "mix", "curriculum", "step")  # slots that a stage which writes data never uses
 PASSAGE = 256  # tokens that an outside model writes at a time for `keep: self`, where rows have room for them
@@ -296,6 +296,8 @@ class Graph:
                 literals[key] = {"use": method.name(), **method.model_dump(mode="json")}
         if node.stage.measure is not None:
             literals["rows"] = node.stage.evals.final
+        if any("act" in method.hooks() for method in methods.all()):  # what they may do is part of what they are
+            literals["steering"] = node.stage.steering.model_dump(mode="json")
         literals["seed"] = node.seed
         literals["root"] = node.root
         return literals
@@ -415,7 +417,7 @@ def steering_id_of(folder: Path) -> str | None:
 
 def acts_of_people(folder: Path) -> list[tuple[str, int, dict[str, Any]]]:
     """(who, tick, action) of what people and agents did to a stage's weights or data while it ran."""
-    lines = [line for line in read_lines(folder / "journal.jsonl") if line["by"] not in ("engine", "recipe")]
+    lines = [line for line in read_lines(folder / "journal.jsonl") if line.get("actor") in ("person", "agent")]
     return [(line["by"], line["tick"], act) for line in lines for act in line["do"] if act["do"] in CHANGES]
 
 

@@ -9,6 +9,8 @@ import torch
 
 from tutelage.base.errors import UserError
 from tutelage.core import checkpoint, steer
+from tutelage.core.acts import base_rate
+from tutelage.core.measure import measure
 from tutelage.core.pace import Pace
 from tutelage.core.stage import Run, mix_weights
 from tutelage.core.types import Batch
@@ -30,18 +32,29 @@ def train(run: Run) -> None:
     assert schedule is not None
     batchers, weighers = methods.having("batch"), methods.having("weigh")
     afters, observers = methods.having("after"), methods.having("observe")
+    guards = any(method.guards for method in methods.having("act"))
     if run.fresh:
         measure(run)
-        if run.node.graph.step_wanted(run.node.name, 0):
-            checkpoint.save(run, kept=True)
+        if run.node.graph.step_wanted(run.node.name, 0) or methods.having(
+            "act"
+        ):  # a policy may want to go back to here
+            checkpoint.save(run, mark="kept")
 
-    while not clock.reached():
-        due = steer.collect(run)
-        steer.apply(run, due)
+    while True:
+        lines = len(run.journal.lines)
+        asked = steer.turn(run, lambda: stop.asked)
+        if len(run.journal.lines) > lines:
+            pace.rest()
+        if asked:
+            checkpoint.save(run)
+            steer.show(run, "stopped", now=True)
+            raise Stopped(signal.Signals(asked).name)
+        if run.unsound:
+            raise not_a_number(run)
         if clock.reached():
             break
         length, rows = shape_of(run)
-        weights = mix_weights(methods, run.sources, run.shares, view, run.mix)
+        weights = mix_weights(run)
         before = run.stream.cursors()
         view.reseed("batch")
         batch = run.modality.collate(run.stream.draw(weights, length, rows), run.sources, length=length)
@@ -54,7 +67,7 @@ def train(run: Run) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate
         numbers = step.step(engine, batch, view) if step else engine.step(batch, view)
-        check(run, numbers)
+        run.unsound = not all(map(_finite, (numbers["loss"], numbers.get("grad_norm", 0.0))))
         for method in afters:
             with torch.no_grad():
                 method.after(engine.params, view)
@@ -66,27 +79,29 @@ def train(run: Run) -> None:
         clock.epochs = run.epochs()
         clock.flops += float(view.sum(torch.tensor(engine.flops.total - counted, device=engine.device)))
         counted = engine.flops.total
-        view.signals.update(numbers, lr=steer.base_rate(engine.optimizer) * rate)
+        view.signals.update(numbers, lr=base_rate(engine.optimizer) * rate, finite=float(not run.unsound))
         for method in observers:
             method.observe(batch, numbers, view)
         pace.count(tokens)
         record(run, numbers, batch, before, weights, tokens=tokens, drawn=drawn, length=length, pace=pace)
+        if run.unsound and guards:
+            continue  # measuring and saving such weights would help nobody; the turn asks the policies
+        if run.unsound:
+            raise not_a_number(run)
         pace.decide(run)
-        if (run.evals.due(clock.step) and not clock.reached()) or steer.wants(due, "eval"):
+        if run.evals.due(clock.step) and not clock.reached():
             with pace.apart():
                 measure(run)
-        wanted = run.node.graph.step_wanted(run.node.name, clock.step) or steer.wants(due, "save")
-        asked = engine.world.largest(stop.asked)
-        if wanted or pace.save_due(run) or asked:
+        wanted = run.node.graph.step_wanted(run.node.name, clock.step)
+        if wanted or pace.save_due(run):
             with pace.apart():
-                checkpoint.save(run, kept=wanted)
-        if asked:
-            raise Stopped(signal.Signals(asked).name)
+                checkpoint.save(run, mark="kept" if wanted else None)
 
     if not run.measured:
         measure(run, final=True)
         run.measured = True
         checkpoint.save(run)
+    steer.close(run)
 
 
 def shape_of(run: Run) -> tuple[int, int]:
@@ -98,29 +113,18 @@ def shape_of(run: Run) -> tuple[int, int]:
     return length, max(1, round(tokens / length))
 
 
-def check(run: Run, numbers: dict[str, float]) -> None:
-    """A loss that is no number ends the stage: the last checkpoint is from before it."""
-    if not all(map(_finite, (numbers["loss"], numbers.get("grad_norm", 0.0)))):
-        raise UserError(
-            f"stage {run.node.name}: the loss or its gradient is not a number at step {run.clock.step} "
-            f"(loss {numbers['loss']}, gradient norm {numbers.get('grad_norm')}); lower the rate "
-            "(`--set stages.…optim.lr=…`); the run goes on from its last checkpoint"
-        )
+def not_a_number(run: Run) -> UserError:
+    """What ends a stage whose loss is no number: the last checkpoint is from before it."""
+    found = run.view.signals
+    return UserError(
+        f"stage {run.node.name}: the loss or its gradient is not a number at step {run.clock.step} "
+        f"(loss {found['loss']}, gradient norm {found.get('grad_norm')}); lower the rate "
+        "(`--set stages.…optim.lr=…`); the run goes on from its last checkpoint"
+    )
 
 
 def _finite(value: float) -> bool:
     return value - value == 0.0
-
-
-def measure(run: Run, *, final: bool = False) -> None:
-    """Measure and write down. At the start of a stage from outside, as thoroughly as at the end."""
-    clock = run.clock
-    thorough = final or (clock.tick == 0 and not run.node.lineage())
-    run.say({"doing": "measuring"})
-    found = run.evals.run(run.view, final=thorough)
-    row = {"kind": "eval", "tick": clock.tick, "step": clock.step, "tokens": clock.tokens, "final": final}
-    run.metrics.add({**row, "flops": clock.flops, **found})
-    run.say({"measured": found["values"], "step": clock.step})
 
 
 def record(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tutelage.base.clock import Span
 from tutelage.base.errors import UserError
@@ -13,6 +13,9 @@ from tutelage.base.method import Method
 from tutelage.base.spec import EvalSpec
 from tutelage.core.pace import UNKNOWN
 from tutelage.core.view import View
+
+if TYPE_CHECKING:
+    from tutelage.core.stage import Run
 
 
 def planned(spec: EvalSpec, total: dict[str, float]) -> list[int]:
@@ -97,9 +100,21 @@ class Evals:
             found = probe.measure(view.engine.model, view)
             numbers |= {name: value for name, value in found.items() if not isinstance(value, str)}
             texts |= {name: value for name, value in found.items() if isinstance(value, str)}
-            view.signals.update(numbers)
+        view.signals.update({f"eval/{name}": value for name, value in numbers.items()})
+        view.signals["eval/tick"] = view.clock.tick
         self.results = numbers
         took = time.perf_counter() - began
         self.seconds += took
         self.last = took if not final else self.last
         return {"values": numbers, "texts": texts, "seconds": took}
+
+
+def measure(run: Run, *, final: bool = False) -> None:
+    """Measure and write down. At the start of a stage from outside, as thoroughly as at the end."""
+    clock = run.clock
+    thorough = final or (clock.tick == 0 and not run.node.lineage())
+    run.say({"doing": "measuring"})
+    found = run.evals.run(run.view, final=thorough)
+    row = {"kind": "eval", "tick": clock.tick, "step": clock.step, "tokens": clock.tokens, "final": final}
+    run.metrics.add({**row, "flops": clock.flops, **found})
+    run.say({"measured": found["values"], "step": clock.step})

@@ -44,13 +44,17 @@ class Pace:
         self.recent.append((took, tokens))
         del self.recent[:-50]
 
+    def rest(self) -> None:
+        """What happened since the last step was no training."""
+        self.last_step = time.perf_counter()
+
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """What happens here is not training time."""
         try:
             yield
         finally:
-            self.last_step = time.perf_counter()
+            self.rest()
 
     @property
     def tokens_per_second(self) -> float:

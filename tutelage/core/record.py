@@ -104,10 +104,19 @@ class Journal:
         self.lines = read_lines(path) if lines is None else lines
 
     def append(
-        self, *, tick: int, by: str, do: list[dict[str, Any]], why: str = "", id: str | None = None, write: bool = True
+        self,
+        *,
+        tick: int,
+        by: str,
+        do: list[dict[str, Any]],
+        actor: str | None = None,
+        why: str = "",
+        id: str | None = None,
+        write: bool = True,
     ) -> dict[str, Any]:
         """Add one line and fsync it. `do` holds the tick's actions. Ranks but the first only remember (`write`)."""
-        line = {"id": id or uuid.uuid4().hex[:12], "tick": tick, "by": by, "do": do} | ({"why": why} if why else {})
+        line: dict[str, Any] = {"id": id or uuid.uuid4().hex[:12], "tick": tick, "by": by}
+        line |= ({"actor": actor} if actor else {}) | {"do": do} | ({"why": why} if why else {})
         self.lines.append(line)
         if not write:
             return line
@@ -134,7 +143,7 @@ class Metrics:
         if keep_bytes is not None and path.exists():  # what came after the checkpoint is done again
             os.truncate(path, min(keep_bytes, path.stat().st_size))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-        self._queue: queue.SimpleQueue[dict[str, Any] | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[dict[str, Any] | threading.Event | tuple[Path, str] | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="metrics", daemon=True)
         self._thread.start()
@@ -146,6 +155,11 @@ class Metrics:
         if self._failed:
             raise self._failed
         self._queue.put(row)
+
+    def beside(self, path: Path, text: str) -> None:
+        """Queue a small file to be replaced: readers see it whole; a crash may leave the one before."""
+        if self.writes:
+            self._queue.put((path, text))
 
     def flush(self) -> int:
         """Wait until everything is on disk; returns the file's size in bytes."""
@@ -175,6 +189,8 @@ class Metrics:
                         with disk_errors(self.path):
                             self._file.flush()
                             os.fsync(self._file.fileno())
+                elif isinstance(item, tuple):
+                    _replace(*item)
                 elif not self._failed:
                     with disk_errors(self.path):
                         self._file.write(dumps(item) + "\n")
@@ -185,6 +201,14 @@ class Metrics:
             finally:
                 if isinstance(item, threading.Event):
                     item.set()
+
+
+def _replace(path: Path, text: str) -> None:
+    """A file that is no loss when it cannot be written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
 
 
 def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:

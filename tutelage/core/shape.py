@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tutelage.base.errors import UserError
 from tutelage.core import artifact
@@ -124,3 +125,35 @@ def optimizer(run: Run) -> None:
     for group in engine.optimizer.param_groups:
         group["base_lr"] = float(group["lr"])
         group["ratio"] = group["base_lr"] / method.lr if getattr(method, "lr", 0.0) else group.get("rate", 1.0)
+
+
+def retrain(run: Run, active: set[str]) -> None:
+    """Train these parameters from now on. Rates stay as they are; states of what is frozen are put aside, not lost."""
+    engine, model = run.engine, run.engine.model
+    assert engine.optimizer is not None
+    states = {name: engine.optimizer.state.pop(p) for name, p in engine.params.items() if p in engine.optimizer.state}
+    base = next((g["base_lr"] / g["ratio"] for g in engine.optimizer.param_groups if g["ratio"]), None)
+    every = {name: p for name, p in model.named_parameters()}
+    for label, module in run.extra.items():
+        every |= {f"{label}.{name}": p for name, p in module.named_parameters()}
+    for name, p in every.items():
+        p.requires_grad_(name in active)
+    engine.params = {name: p for name, p in every.items() if name in active}
+    run.steered.active = sorted(active)
+    run.parked |= states
+    optimizer(run)
+    for group in engine.optimizer.param_groups:
+        group["base_lr"] = group["base_lr"] if base is None else base * group["ratio"]
+    for name in sorted(set(run.parked) & active):
+        engine.optimizer.state[engine.params[name]] = run.parked.pop(name)
+
+
+def overwrite(run: Run, tensors: dict[str, Tensor]) -> None:
+    """New weights by name, without optimizer state."""
+    assert run.engine.optimizer is not None
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            p = run.engine.model.get_parameter(name)
+            p.copy_(tensor)
+            run.engine.optimizer.state.pop(p, None)
+            run.parked.pop(name, None)

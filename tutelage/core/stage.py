@@ -18,7 +18,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.links import stage_of
 from tutelage.base.method import Method
 from tutelage.base.spec import SourceSpec
-from tutelage.core import artifact, checkpoint, micro, randomness, shape, steer
+from tutelage.core import artifact, checkpoint, micro, randomness, shape, standing, steer
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.engine import Engine
 from tutelage.core.graph import BUILTIN_PACKING, Methods, Node, methods_of
@@ -35,6 +35,17 @@ Say = Callable[[dict[str, Any]], None]  # told where a stage stands; never block
 
 
 @dataclass
+class Steered:
+    """What actions have set and no method holds. A checkpoint holds it as it is."""
+
+    mix: dict[str, float] | None = None  # shares instead of the mix method's
+    added: dict[str, dict[str, Any]] = field(default_factory=dict)  # sources that joined: spec and weight
+    dropped: list[str] = field(default_factory=list)  # sources that nothing is drawn from
+    active: list[str] | None = None  # what is trained, once something was frozen or freed
+    values: dict[str, float] = field(default_factory=dict)  # of the engine and the model, by path
+
+
+@dataclass
 class Run:
     """A training stage, built: everything the loop touches."""
 
@@ -48,13 +59,21 @@ class Run:
     sources: dict[str, Source]
     shares: dict[str, float]  # what a method's source takes first, of the whole
     rows: int  # of a step, before a curriculum
+    packing: Any
     journal: Journal
     say: Say
+    corpora: Corpora
+    standing: standing.Standing
     evals: Evals = field(init=False)  # once the length of the stage is known
     metrics: Metrics = field(init=False)  # once it is known whether rows go on from a checkpoint
     extra: dict[str, nn.Module] = field(default_factory=dict)  # parts that methods own
     wrapped: dict[str, tuple[nn.Module, Method, nn.Module]] = field(default_factory=dict)  # wrapper, owner, layer
-    mix: dict[str, float] | None = None  # shares set by an action
+    steered: Steered = field(default_factory=Steered)
+    parked: dict[str, dict[str, Any]] = field(default_factory=dict)  # optimizer states of what is frozen, by name
+    shown: float = -1e9  # when the controls were last written
+    unsound: bool = False  # the last loss was no number, and nobody has gone back yet
+    asked: int = 0  # the tick at which policies were asked last
+    saved: tuple[int, int] | None = None  # tick and journal lines of the newest checkpoint
     fresh: bool = True  # not resumed from a checkpoint
     measured: bool = False  # the last measurement is done
     lines: int = 0  # journal lines whose actions are already in the state
@@ -68,7 +87,20 @@ class Run:
 
     def own(self) -> list[str]:
         """The sources that are mixed; the others belong to methods."""
-        return [name for name in self.sources if name not in self.shares]
+        names = [*self.node.stage.data, *self.steered.added]
+        return [name for name in names if name not in self.steered.dropped]
+
+    def open_source(self, name: str) -> None:
+        """Draw from a source that an action added, and measure its held-out part."""
+        corpus = self.corpora.of(name, SourceSpec.model_validate(self.steered.added[name]["source"]))
+        view = self.view
+        if name not in self.sources:
+            self.sources[name] = corpus.train
+            self.stream.add(name, order=Order(corpus.train, seed=self.node.seed, packing=self.packing))
+        if name not in view.heldout:
+            collate = partial(self.modality.collate, length=self.node.stage.length)
+            length = self.node.stage.length
+            view.heldout[name] = Data({name: corpus.heldout}, collate, seed=0, length=length, packing=self.packing)
 
     def epochs(self) -> float:
         """Passes over the largest source that has been drawn from."""
@@ -235,7 +267,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
 
     def sample(count: int) -> Batch:
         here = stream.state()
-        drawn = stream.draw(mix_weights(methods, sources, shares, view, None), stage.length, count)
+        drawn = stream.draw(mix_weights(run), stage.length, count)
         stream.load(here)
         return modality.collate(drawn, sources, length=stage.length)
 
@@ -253,9 +285,16 @@ def build(node: Node, *, world: World, say: Say) -> Run:
         sources=sources,
         shares=shares,
         rows=max(rows, world.size),
+        packing=base.packing,
         journal=journal_of(node.folder / "journal.jsonl", world),
         say=say,
+        corpora=base.corpora,
+        standing=standing.Standing(stage.steering),
     )
+    if saved:
+        run.steered = Steered(**saved[1]["steered"])
+        for name in run.steered.added:
+            run.open_source(name)
     steer.check_planned(run)
     if base.packing != stage.packing and base.packing == "single" and not run.journal.engine("packing"):
         note = [{"do": "packing", "rule": "single"}]
@@ -267,6 +306,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
     evaluation(run)
     micro.begin(run)
     checkpoint.restore(run, saved)
+    steer.prepare(run)
     return run
 
 
@@ -379,14 +419,19 @@ def totals(run: Run, until: Span) -> dict[str, float]:
     return {unit: value, **{u: steps * per_step[u] for u in per_step if u != unit}}
 
 
-def mix_weights(
-    methods: Methods, sources: dict[str, Source], shares: dict[str, float], view: View, mixed: dict[str, float] | None
-) -> dict[str, float]:
-    """Shares of this step: what methods' own sources take first, the mix divides the rest."""
-    own = [name for name in sources if name not in shares]
-    mix = methods.slots["mix"]
+def mix_weights(run: Run) -> dict[str, float]:
+    """Shares of this step: what methods' own sources take first, then what actions say or the mix divides."""
+    sources, shares, steered, own = run.sources, run.shares, run.steered, run.own()
+    mix = run.methods.slots["mix"]
     assert mix is not None
-    weights = mixed or mix.weights({name: sources[name].facts for name in own}, view)
+    if steered.mix:
+        weights = {name: weight for name, weight in steered.mix.items() if name in own}
+    else:
+        weights = mix.weights({name: sources[name].facts for name in run.node.stage.data}, run.view)
+        weights = {name: weight for name, weight in weights.items() if name in own}
+        joined = {name: added["weight"] for name, added in steered.added.items() if name in own}
+        rest = (1.0 - sum(joined.values())) / (sum(weights.values()) or 1.0)
+        weights = ({name: weight * rest for name, weight in weights.items()} | joined) if joined else weights
     whole, taken = sum(weights.values()), sum(shares.values())
     if not 0 <= taken < 1 and own:
         raise UserError(f"methods take {taken:.0%} of every batch for their own sources; nothing is left for the data")

@@ -1,87 +1,317 @@
-"""Actions in a running stage: read, written down, applied between steps."""
+"""Actions in a running stage: gathered between steps, judged, written down, then applied. Every rank does the same."""
 
 from __future__ import annotations
 
 import json
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from tutelage.base.action import Action, parse
-from tutelage.base.errors import UserError, did_you_mean
-from tutelage.base.method import Method
+from tutelage.base.action import CHANGES, RANK, Action, parse
+from tutelage.base.errors import UserError
+from tutelage.core import acts, checkpoint, controls
+from tutelage.core.acts import Trial
+from tutelage.core.record import dumps, plain, write_whole
+from tutelage.core.standing import Waits
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
+LARGEST = 1 << 20  # bytes of a request
+POLL = 0.05  # seconds between two looks at the requests while paused
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}")
 
-def collect(run: Run) -> list[Action]:
-    """This tick's actions: journaled ones not yet in the state, the recipe's, then new requests, journaled first."""
-    tick, found = run.clock.tick, []
-    while run.lines < len(run.journal.lines):
+Request = dict[str, Any]  # id, by, actor, do, why, dry
+
+
+# -- between two steps ------------------------------------------------------------------------------------------------
+
+
+def turn(run: Run, stop: Callable[[], int] = lambda: 0) -> int:
+    """All that is to be done before the coming step, pauses included. Returns the signal that asks the stage to stop, or 0.
+
+    First what the journal says was done at this tick and the state does not hold yet, then the recipe's actions, then
+    policies' and clients'. Up to the journal's last line policies only follow: what they did stands in it.
+    """
+    asked = run.engine.world.largest(stop())
+    if asked:
+        return asked
+    before = len(run.journal.lines)
+    following = retrace(run)
+    while planned(run):
+        pass
+    wanted = policies(run, following=following)
+    paused = False
+    while True:
+        requests = wanted + collect(run)
+        wanted = []
+        for request in sorted(requests, key=lambda r: RANK[r["actor"]]):
+            decide(run, request)
+        stopped = run.standing.stopped_at(run.clock.tick)
+        if stopped and not paused:
+            run.say({"note": "paused: `tutelage steer` … resume goes on"})
+        show(run, "paused" if stopped else "running", now=len(run.journal.lines) != before or stopped != paused)
+        before, paused = len(run.journal.lines), stopped
+        if not stopped or run.unsound:
+            return 0
+        asked = run.engine.world.largest(stop())
+        if asked:
+            return asked
+        time.sleep(POLL)
+
+
+def retrace(run: Run) -> bool:
+    """Apply journaled actions that the state does not hold yet. Whether there were any, or are any ahead."""
+    there = run.lines < len(run.journal.lines)
+    while run.lines < len(run.journal.lines) and run.journal.lines[run.lines]["tick"] <= run.clock.tick:
         line = run.journal.lines[run.lines]
-        if line["tick"] > tick:
-            return found
         run.lines += 1
         if line["by"] == "engine":
             smaller = [act["rows"] for act in line["do"] if act["do"] == "micro"]  # as memory forced it before a cut
             run.engine.micro = min([*smaller, run.engine.micro or smaller[0]]) if smaller else run.engine.micro
-        else:
-            found += [parse(act, place=f"{run.journal.path}:{run.lines}") for act in line["do"]]
-    planned = [act for act in run.node.stage.actions if act.get("tick") == tick]
-    if planned and not any(line["by"] == "recipe" and line["tick"] == tick for line in run.journal.lines):
-        found += _write(run, "recipe", planned, f"stages.{run.node.name}.actions")
-    for request in _requests(run):
-        found += _write(run, request["by"], request["do"], request["id"], why=request["why"], request=request["id"])
-        _answered(run, request["id"], "accepted")
+            run.standing.fold(line)
+            continue
+        place = f"{run.journal.path}:{run.lines}"
+        actions = [acts.check(run, parse(act, place=place), Trial.of(run), place) for act in line["do"]]
+        known = any(e["do"] == "applied" and e["id"] == line["id"] for ahead in run.journal.lines[run.lines :]
+                    if ahead["by"] == "engine" for e in ahead["do"])  # fmt: skip
+        carry_out(run, line, actions, write=not known, saved=_tick_of_save(run))
+    return there
+
+
+def planned(run: Run) -> bool:
+    """The recipe's actions of this tick, once. Whether there were any: they may have moved the tick."""
+    tick = run.clock.tick
+    mine = [act for act in run.node.stage.actions if act.get("tick") == tick]
+    if not mine or any(line["by"] == "recipe" and line["tick"] == tick for line in run.journal.lines):
+        return False
+    place = f"stages.{run.node.name}.actions"
+    why = "; ".join(str(act["why"]) for act in mine if act.get("why"))
+    do = [{k: v for k, v in act.items() if k not in ("tick", "why")} for act in mine]
+    request = {"id": f"recipe-{tick}", "by": "recipe", "actor": "recipe", "do": do, "why": why}
+    actions = checked(run, request, place)
+    carry_out(run, written(run, request, actions), actions)
+    return run.clock.tick != tick
+
+
+def policies(run: Run, *, following: bool) -> list[Request]:
+    """What policies ask for after the last step; they are asked once a tick, and heard where nothing is retraced."""
+    tick = run.clock.tick
+    if run.asked >= tick:
+        return []
+    run.asked = tick
+    heard = not following and not run.node.stage.steering.replay
+    found = []
+    for method in run.methods.having("act"):
+        do = method.act(run.view)
+        if do and heard:
+            found.append({"id": f"{tick}-{method.name()}".replace("/", "-"), "by": method.name(), "actor": "policy",
+                          "do": do, "why": str(getattr(method, "why", ""))})  # fmt: skip
+    return list(run.engine.world.agree(found)) if run.methods.having("act") else []
+
+
+# -- one request ------------------------------------------------------------------------------------------------------
+
+
+def decide(run: Run, request: Request) -> None:
+    """Check, judge, write down, apply, answer. Whatever is wrong with a request is its answer, never the run's end."""
+    if request["id"] in run.standing.journaled or request["id"] in run.standing.done:
+        return answer(run, request, **_again(run, request["id"]))
+    place = f"request {request['id']}"
+    try:
+        actions = checked(run, request, place)
+        effects = [acts.effect(run, action) for action in actions] if _apart(actions) else []
+        if request.get("dry"):
+            return answer(run, request, state="dry", tick=run.clock.tick, effects=effects)
+        run.standing.judge(
+            actions, effects, actor=request["actor"], tick=run.clock.tick, approved=bool(request.get("approved"))
+        )
+    except Waits as wait:
+        if not request.get("dry"):
+            kept = {key: request[key] for key in ("by", "actor", "do", "why")}
+            engine_line(run, {"do": "waiting", "id": request["id"], "request": kept, "why": str(wait)})
+        return answer(run, request, state="waiting", tick=run.clock.tick, error=str(wait))
+    except UserError as error:
+        text = str(error).removeprefix(f"{place}: ")
+        if not request.get("dry") and request["actor"] in ("agent", "policy"):
+            engine_line(run, {"do": "refused", "id": request["id"], "request": request, "why": text})
+        run.say({"warning": f"{place} refused: {text}"})
+        return answer(run, request, state="refused", tick=run.clock.tick, error=text)
+    saved = None
+    if request["actor"] in ("person", "agent") and any(action.do in CHANGES for action in actions):
+        checkpoint.save_now(run, mark="undo")
+        saved = run.clock.tick
+    tick = run.clock.tick
+    line = written(run, request, actions)
+    effects = carry_out(run, line, actions, saved=saved)
+    answer(run, request, state="applied", tick=tick, effects=effects, saved=saved)
+    for action in actions:
+        if action.do in ("approve", "refuse"):
+            _settle(run, action, by=request["by"])
+    return None
+
+
+def _apart(actions: list[Action]) -> bool:
+    """Whether each action's effect can be told before the others are done: not of a source that is still to be added."""
+    return not any(action.do == "add_source" for action in actions[:-1])
+
+
+def checked(run: Run, request: Request, place: str) -> list[Action]:
+    """The request's actions, resolved; UserError when one of them cannot be done, on this rank or another."""
+    trial, found, wrong = Trial.of(run), [], None
+    try:
+        if not (isinstance(request.get("do"), list) and request["do"]):
+            raise UserError(f"{place}: a request is {{by: name, actor: person, do: [actions], why: text}}")
+        for act in request["do"]:
+            action = acts.check(run, parse(act, place=place), trial, place)
+            acts.effect(run, action)  # so that it cannot fail when it is done
+            found.append(action)
+    except UserError as error:
+        wrong = error
+    except Exception as error:  # whatever a client asks for must not end the run
+        wrong = UserError(f"{place}: {type(error).__name__}: {error}")
+    if run.engine.world.largest(int(wrong is not None)):
+        raise wrong or UserError(f"{place}: another rank cannot do it")
     return found
 
 
-def _write(
-    run: Run, by: str, acts: list[dict[str, Any]], place: str, *, why: str = "", request: str | None = None
-) -> list[Action]:
-    """Check, journal, and hand on."""
-    actions = checked(run, acts, place)
-    do = [action.model_dump(mode="json") for action in actions]
-    run.journal.append(tick=run.clock.tick, by=by, do=do, why=why, id=request, write=run.engine.world.rank == 0)
+def written(run: Run, request: Request, actions: list[Action]) -> dict[str, Any]:
+    """The journal's line, on disk before anything is applied."""
+    line = run.journal.append(
+        tick=run.clock.tick,
+        by=request["by"],
+        actor=request["actor"],
+        do=[action.model_dump(mode="json") for action in actions],
+        why=request.get("why", ""),
+        id=request["id"],
+        write=run.engine.world.rank == 0,
+    )
     run.lines = len(run.journal.lines)
-    return actions
+    return line
 
 
-def _requests(run: Run) -> list[dict[str, Any]]:
-    """Small files that somebody put into `requests/`, read by rank 0 and agreed by all; wrong ones are refused here."""
-    folder, found = run.folder / "requests", []
-    if run.engine.world.rank == 0 and folder.is_dir():
-        known = {line["id"] for line in run.journal.lines}
-        for path in sorted(folder.glob("*.json")):
-            if path.stem in known:  # journaled just before a crash
-                _answered(run, path.stem, "accepted")
-                continue
-            try:
-                found.append(_read(run, path))
-            except (UserError, ValueError, OSError) as error:
-                run.say({"warning": f"request {path.name} refused: {error}"})
-                _answered(run, path.stem, "refused")
-    return list(run.engine.world.agree(found))
+def carry_out(
+    run: Run, line: dict[str, Any], actions: list[Action], *, write: bool = True, saved: int | None = None
+) -> list[dict[str, Any]]:
+    """Apply a line that is on disk, then write down what it did and how to put it back."""
+    tick, effects, undo = run.clock.tick, [], []
+    run.standing.fold(line)
+    for action in actions:
+        told = acts.effect(run, action)
+        undo += told.pop("undo", [])
+        effects.append({**told, **acts.apply(run, action)})
+    if write:
+        done = {
+            "do": "applied",
+            "id": line["id"],
+            "actor": line.get("actor", "person"),
+            "effects": plain(effects),
+            "undo": plain(undo),
+        }
+        engine_line(run, {**done, "saved": saved}, tick=tick)
+    return effects
 
 
-def _read(run: Run, path: Path) -> dict[str, Any]:
-    """A request's `do`, `by` and `why`; UserError for one that cannot be done."""
-    request = json.loads(path.read_text(encoding="utf-8"))
-    if not (isinstance(request, dict) and isinstance(request.get("do"), list) and request["do"] and request.get("by")):
-        raise UserError(f"{path.name}: a request is {{by: name, do: [actions], why: text}}")
-    by, why = str(request["by"]), str(request.get("why") or "")
-    if by in ("engine", "recipe"):
-        raise UserError(f"{path.name}: by: '{by}' is not a person's name")
-    checked(run, request["do"], path.name)
-    return {"id": path.stem, "by": by, "do": request["do"], "why": why}
+def engine_line(run: Run, entry: dict[str, Any], *, tick: int | None = None) -> None:
+    """A line of the engine's, folded at once."""
+    where = run.clock.tick if tick is None else tick
+    line = run.journal.append(tick=where, by="engine", do=[entry], write=run.engine.world.rank == 0)
+    run.lines = len(run.journal.lines)
+    run.standing.fold(line)
 
 
-def _answered(run: Run, request: str, answer: str) -> None:
-    if run.engine.world.rank == 0:
-        path = run.folder / "requests" / f"{request}.json"
-        path.rename(path.with_suffix(f".{answer}"))
+def _settle(run: Run, action: Any, *, by: str) -> None:
+    """Do, or refuse, what has waited for a person."""
+    request = {**run.standing.released.pop(action.id), "id": action.id}
+    if action.do == "approve":
+        return decide(run, {**request, "approved": True})
+    text = f"{by} refused it"
+    engine_line(run, {"do": "refused", "id": action.id, "request": request, "why": text})
+    return answer(run, request, state="refused", tick=run.clock.tick, error=text)
+
+
+def _again(run: Run, name: str) -> dict[str, Any]:
+    """The answer to a request that was dealt with before."""
+    done = run.standing.done.get(name)
+    if done and done["do"] == "applied":
+        return {"state": "applied", "tick": done["tick"], "effects": done["effects"], "saved": done.get("saved")}
+    return {"state": "refused", "tick": run.clock.tick, "error": (done or {}).get("why", "it was dealt with before")}
+
+
+def _tick_of_save(run: Run) -> int | None:
+    """For an action that is applied again after a crash: the save made before it, if it is there."""
+    place = run.folder / "state" / f"{run.clock.tick:09d}"
+    return run.clock.tick if (place / "undo").exists() else None
+
+
+# -- requests and answers ---------------------------------------------------------------------------------------------
+
+
+def collect(run: Run) -> list[Request]:
+    """Requests that lie in the folder, oldest first: read by rank 0, agreed by all."""
+    world, found = run.engine.world, []
+    if world.rank == 0:
+        folder = run.folder / "requests"
+        with_ages = [(path.stat().st_mtime_ns, path) for path in _files(folder)]
+        for _, path in sorted(with_ages):
+            request = _read(run, path)
+            if request is not None:
+                found.append(request)
+    if world.size > 1 and world.largest(len(found)):
+        found = world.agree(found)
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        names = sorted(path for path in folder.iterdir() if path.suffix == ".json" and not path.name.startswith("."))
+    except FileNotFoundError:
+        return []
+    return names
+
+
+def _read(run: Run, path: Path) -> Request | None:
+    """A request's contents; one that is none is answered here."""
+    name = path.stem
+    try:
+        if not _ID.fullmatch(name):
+            raise UserError("an id has letters, digits, '-', '_', '.' and '=', at most 64")
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"a request has at most {LARGEST} bytes")
+        request = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(request, dict) and request.get("by")):
+            raise UserError("a request is {by: name, actor: person, do: [actions], why: text}")
+        by, actor = str(request["by"])[:100], request.get("actor", "person")
+        if by in ("engine", "recipe") or actor not in ("person", "agent"):
+            raise UserError(f"by: '{by}', actor: '{actor}': the actor of a request is a person or an agent")
+        why, dry = str(request.get("why") or "")[:10_000], bool(request.get("dry"))
+        return {"id": name, "by": by, "actor": actor, "do": request.get("do"), "why": why, "dry": dry}
+    except (UserError, ValueError, OSError, RecursionError) as error:
+        run.say({"warning": f"request {name} refused: {error}"})
+        answer(run, {"id": name}, state="refused", tick=run.clock.tick, error=str(error))
+        return None
+
+
+def answer(run: Run, request: Request, *, state: str, **more: Any) -> None:
+    """Write what became of a request, whole, and take the request away. Policies read the journal instead."""
+    if run.engine.world.rank or request.get("actor") in ("policy", "recipe"):
+        return
+    folder, name = run.folder / "answers", request["id"]
+    text = dumps({**request, "state": state, **more})
+    if _ID.fullmatch(name):
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / f"{name}.json", text)
+    (run.folder / "requests" / f"{name}.json").unlink(missing_ok=True)
+
+
+def close(run: Run) -> None:
+    """The stage is over: whatever still lies there gets its answer."""
+    for request in collect(run):
+        text = f"the stage is over (step {run.clock.step}); branch from it to go on"
+        answer(run, request, state="refused", tick=run.clock.tick, error=text)
+    show(run, "finished", now=True)
 
 
 def check_planned(run: Run) -> None:
@@ -92,85 +322,23 @@ def check_planned(run: Run) -> None:
             raise UserError(
                 f"{place}: an action of a recipe says at which `tick` it is taken (here: {act.get('tick')!r})"
             )
-        parse(act, place=place)
+        action: Any = parse(act, place=place)
+        if action.do in ("set", "scale") and action.path != "optim.lr":
+            acts.check(run, action, Trial.of(run), place)
+        elif action.do == "set" and not isinstance(action.to, (int, float)):
+            raise UserError(f"{place}: set.to: {action.path} is a number (got {action.to!r})")
 
 
-def checked(run: Run, acts: list[Any], place: str) -> list[Action]:
-    """The actions, each tried on copies of what they would change; UserError for what cannot be done here."""
-    actions = [parse(act, place=place) for act in acts]
-    trial = {method.name(): method.model_copy() for method in run.methods.all()}
-    for action in actions:
-        if action.do in ("set", "scale"):
-            targets = steerable(run)
-            if action.path not in targets:
-                raise UserError(
-                    f"{place}: nothing here can be steered as '{action.path}'{did_you_mean(action.path, targets)}"
-                )
-            if action.path != "optim.lr":
-                _try(trial, action, place)
-            elif action.do == "set" and action.to < 0:
-                raise UserError(f"{place}: optim.lr: a rate is 0 or more")
-            elif action.do == "set" and not _factor(run):
-                raise UserError(f"{place}: optim.lr: the schedule makes the rate 0 just now, whatever it is set to")
-        if action.do == "mix":
-            wrong = set(action.weights) - set(run.own())
-            if wrong or not sum(action.weights.values()) > 0:
-                raise UserError(f"{place}: `mix` weighs {', '.join(run.own())} with numbers, 0 or more, not all zero")
-        if action.do == "extend" and action.until.unit == "min":
-            raise UserError(f"{place}: `extend` in minutes would not replay; write steps, tokens or percent")
-    return actions
+def prepare(run: Run) -> None:
+    """What must be known before the first turn: the standing that the journal amounts to, up to where the state is."""
+    for line in run.journal.lines[: run.lines]:
+        run.standing.fold(line)
+    if not run.engine.world.rank:
+        (run.folder / "requests").mkdir(exist_ok=True)
 
 
-def _try(trial: dict[str, Method], action: Any, place: str) -> None:
-    name, _, field = action.path.rpartition(".")
-    try:
-        _put(trial[name], field, action)
-    except ValidationError as error:
-        raise UserError(f"{place}: {action.path}: {error.errors()[0]['msg']}") from error
-
-
-def _put(method: Method, field: str, action: Any) -> None:
-    setattr(method, field, action.to if action.do == "set" else getattr(method, field) * action.by)
-
-
-def base_rate(optimizer: Any) -> float:
-    """The rate before the schedule of a parameter whose group has no `rate` of its own."""
-    group = next((g for g in optimizer.param_groups if g["ratio"]), None)
-    return float(group["base_lr"] / group["ratio"]) if group else 0.0
-
-
-def _factor(run: Run) -> float:
-    return float(run.methods.slots["schedule"].factor(run.clock))
-
-
-def steerable(run: Run) -> list[str]:
-    """Every value that may be set: the rate, and what methods declare."""
-    return ["optim.lr"] + [f"{m.name()}.{field}" for m in run.methods.all() for field in sorted(m.steerable)]
-
-
-def apply(run: Run, actions: list[Action]) -> None:
-    """Change the run. Nothing here touches the disk."""
-    for action in actions:
-        if action.do in ("set", "scale"):
-            _assign(run, action)
-        elif action.do == "mix":
-            run.mix = dict(action.weights)
-        elif action.do == "extend":
-            run.clock.total = run.totals(action.until)
-            run.evals.replan(run.clock.total)
-        elif action.do == "end_stage":
-            run.clock.total = {unit: run.clock.count(unit) for unit in run.clock.total}
-
-
-def _assign(run: Run, action: Any) -> None:
-    if action.path == "optim.lr":
-        for group in run.engine.optimizer.param_groups:  # groups keep their ratios
-            new = group["base_lr"] * action.by if action.do == "scale" else action.to / _factor(run) * group["ratio"]
-            group["base_lr"] = new
-        return
-    name, _, field = action.path.rpartition(".")
-    _put(next(m for m in run.methods.all() if m.name() == name), field, action)
-
-
-def wants(actions: list[Action], do: str) -> bool:
-    return any(action.do == do for action in actions)
+def show(run: Run, state: str, *, now: bool = False) -> None:
+    """Tell those who only see the folder how things stand: at once, or when the last time is a while ago."""
+    if run.engine.world.rank == 0 and (now or time.monotonic() - run.shown >= controls.EVERY):
+        run.shown = time.monotonic()
+        controls.write(run, state=state)

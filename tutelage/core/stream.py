@@ -337,6 +337,12 @@ class Stream:
             drawn.append(Row(names[id(account)], pieces))
         return drawn
 
+    def skip(self, name: str, *, rows: int, length: int) -> None:
+        """Go past the next rows of a source. They are not drawn: neither counted nor owed."""
+        account = self._accounts[self._known(name)]
+        for _ in range(rows):
+            _, account.cursor = account.order.row(account.cursor, length)
+
     def epochs(self) -> dict[str, float]:
         """Passes over each source so far: positions drawn / positions there are."""
         return {name: account.tokens / account.order.total for name, account in self._accounts.items()}

@@ -1,0 +1,152 @@
+"""Where the stage goes: its end, its saves, and back to one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tutelage.base.clock import Span
+from tutelage.base.errors import UserError
+from tutelage.core import artifact, checkpoint
+from tutelage.core.acts.trial import Trial
+from tutelage.core.acts.values import plain, value
+
+if TYPE_CHECKING:
+    from tutelage.core.stage import Run
+
+
+def _extended(run: Run, trial: Trial, action: Any, place: str) -> None:
+    if action.until.unit == "min":
+        raise UserError(f"{place}: `extend` in minutes would not replay; write steps, tokens or percent")
+
+
+def _total_effect(run: Run, new: dict[str, float]) -> dict[str, Any]:
+    unit = run.clock.until
+    was = run.clock.total[unit]
+    back = [{"do": "extend", "until": f"{was!r}{unit}"}]
+    return {
+        "changes": [{"what": f"end, in {unit}", "was": was, "now": new.get(unit, next(iter(new.values())))}],
+        "undo": back,
+    }
+
+
+def _extend_effect(run: Run, action: Any) -> dict[str, Any]:
+    return _total_effect(run, run.totals(action.until))
+
+
+def _extend(run: Run, action: Any) -> None:
+    run.clock.total = run.totals(action.until)
+    run.evals.replan(run.clock.total)
+
+
+def _ended(run: Run, trial: Trial, action: Any, place: str) -> None:
+    unit = action.after.unit
+    if unit == "min" or (unit != "%" and unit not in run.clock.total):
+        raise UserError(f"{place}: `after` is told in steps, tokens or percent of the stage")
+    if action.decay and run.methods.slots["schedule"].last is None:
+        schedule = run.methods.slots["schedule"].name()
+        raise UserError(
+            f"{place}: {schedule} has no last fall that could begin now (schedule/wsd and schedule/infinite have)"
+        )
+    if action.decay and not action.after.value:
+        raise UserError(f"{place}: say how long the fall takes: `after: 10%`")
+
+
+def _after(run: Run, action: Any) -> Span:
+    """How long the stage still goes, in its own unit or that of `after`."""
+    clock, after = run.clock, action.after
+    return Span(clock.total[clock.until] * after.share, clock.until) if after.unit == "%" else after
+
+
+def _ending(run: Run, action: Any) -> dict[str, float]:
+    """The clock's totals when the stage ends so far from now."""
+    clock, after = run.clock, _after(run, action)
+    if not after.value:
+        return {unit: clock.count(unit) for unit in clock.total}
+    return run.totals(Span(clock.count(after.unit) + after.value, after.unit))
+
+
+def _end_effect(run: Run, action: Any) -> dict[str, Any]:
+    said = _total_effect(run, _ending(run, action))
+    if action.decay:
+        schedule = run.methods.slots["schedule"]
+        path = f"{schedule.name()}.{schedule.last}"
+        was = plain(value(run, path))
+        said["changes"].append({"what": path, "was": was, "now": str(_after(run, action))})
+        said["undo"].append({"do": "set", "path": path, "to": was})
+    return said
+
+
+def _end(run: Run, action: Any) -> None:
+    after = _after(run, action)
+    run.clock.total = _ending(run, action)
+    if action.decay:
+        schedule = run.methods.slots["schedule"]
+        setattr(schedule, str(schedule.last), after)
+    if after.value:
+        run.evals.replan(run.clock.total)
+
+
+def saved_at(run: Run, to: Any, place: str) -> int:
+    """The tick of the newest save at or before `to`; rank 0's disk decides."""
+    found = [int(path.name) for path in artifact.states(run.folder / "state")] if not run.engine.world.rank else []
+    ticks = list(run.engine.world.agree(found))
+    before = [tick for tick in ticks if to == "last" or tick <= to]
+    if not before:
+        have = ", ".join(map(str, ticks)) or "none yet"
+        raise UserError(f"{place}: there is no save at or before tick {to} (saves: {have})")
+    return before[-1]
+
+
+def _rolled(run: Run, trial: Trial, action: Any, place: str) -> None:
+    action.to = saved_at(run, action.to, place)
+
+
+def _rollback_effect(run: Run, action: Any) -> dict[str, Any]:
+    clock = run.clock
+    return {
+        "tick": action.to,
+        "changes": [{"what": "weights", "was": f"of tick {clock.tick}", "now": f"of tick {action.to}"}],
+    }
+
+
+def _rollback(run: Run, action: Any) -> None:
+    if run.engine.world.rank == 0:
+        artifact.mark_state(
+            run.folder / "state", tick=action.to, mark="kept"
+        )  # a resumed stage goes back to it once more
+    checkpoint.roll_back(run, tick=action.to, skip=action.skip)
+    run.unsound = False
+    run.clock.tick += 1  # no two sets of weights share a tick
+
+
+def _branched(run: Run, trial: Trial, action: Any, place: str) -> None:
+    if action.to is not None:
+        action.to = saved_at(run, action.to, place)
+
+
+def _branch_effect(run: Run, action: Any) -> dict[str, Any]:
+    return {"tick": run.clock.tick if action.to is None else action.to, "name": action.name}
+
+
+def _branch(run: Run, action: Any) -> None:
+    if action.to is None:
+        checkpoint.save_now(run, mark="kept")
+    elif run.engine.world.rank == 0:
+        artifact.mark_state(run.folder / "state", tick=action.to, mark="kept")
+
+
+def _save_effect(run: Run, action: Any) -> dict[str, Any]:
+    return {"tick": run.clock.tick}
+
+
+def _save(run: Run, action: Any) -> None:
+    checkpoint.save_now(run, mark="kept")
+
+
+ACTS = {
+    "extend": (_extended, _extend_effect, _extend),
+    "end_stage": (_ended, _end_effect, _end),
+    "rollback": (_rolled, _rollback_effect, _rollback),
+    "branch": (_branched, _branch_effect, _branch),
+    "save": (lambda run, trial, action, place: None, _save_effect, _save),
+}

@@ -1,0 +1,103 @@
+"""What is drawn from: shares, sources that join or go, rows passed over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tutelage.base.errors import UserError, did_you_mean
+from tutelage.core.acts.trial import Trial
+
+if TYPE_CHECKING:
+    from tutelage.core.stage import Run
+
+
+def _mixed(run: Run, trial: Trial, action: Any, place: str) -> None:
+    own = trial.own(run)
+    if set(action.weights) - set(own) or (action.weights and not sum(action.weights.values()) > 0):
+        raise UserError(f"{place}: `mix` weighs {', '.join(own)} with numbers, 0 or more, not all zero")
+
+
+def _mix_effect(run: Run, action: Any) -> dict[str, Any]:
+    was = run.steered.mix
+    whole = sum(action.weights.values())
+    now = {name: weight / whole for name, weight in action.weights.items()} if whole else None
+    return {"changes": [{"what": "mix", "was": was, "now": now}], "undo": [{"do": "mix", "weights": was or {}}]}
+
+
+def _mix(run: Run, action: Any) -> None:
+    run.steered.mix = dict(action.weights) or None
+
+
+def _added(run: Run, trial: Trial, action: Any, place: str) -> None:
+    if action.source is None:
+        if action.name not in trial.dropped:
+            raise UserError(f"{place}: say what '{action.name}' is (`source:`); no source of that name was dropped")
+        trial.dropped.discard(action.name)
+        return
+    if action.name in run.sources or action.name in trial.added:
+        raise UserError(f"{place}: there is already a source '{action.name}'; name this one otherwise")
+    if action.source.stage:
+        raise UserError(
+            f"{place}: `add_source` takes a path, hub or generator; a stage's rows are {{path: …/rows.jsonl}}"
+        )
+    if sum(spec["weight"] for spec in run.steered.added.values()) + action.weight >= 1:
+        raise UserError(f"{place}: the sources that were added would take the whole mixture")
+    run.corpora.of(action.name, action.source)  # read and tokenized now, so that what is wrong with it is told now
+    trial.added.add(action.name)
+
+
+def _added_effect(run: Run, action: Any) -> dict[str, Any]:
+    changes = [{"what": f"source {action.name}", "was": None, "now": action.weight if action.source else "back"}]
+    return {"changes": changes, "undo": [{"do": "drop_source", "name": action.name}]}
+
+
+def _add(run: Run, action: Any) -> None:
+    steered = run.steered
+    if action.source is None:
+        steered.dropped.remove(action.name)
+        return
+    steered.added[action.name] = {"source": action.source.model_dump(mode="json"), "weight": action.weight}
+    run.open_source(action.name)
+
+
+def _dropped(run: Run, trial: Trial, action: Any, place: str) -> None:
+    own = trial.own(run)
+    if action.name not in own:
+        raise UserError(f"{place}: there is no source '{action.name}' to drop{did_you_mean(action.name, own)}")
+    if len(own) == 1:
+        raise UserError(f"{place}: '{action.name}' is the only source; nothing would be left")
+    trial.dropped.add(action.name)
+    mix = run.steered.mix
+    if mix and not any(weight for name, weight in mix.items() if name in trial.own(run)):
+        raise UserError(f"{place}: without '{action.name}' every share of the present mix is zero")
+
+
+def _dropped_effect(run: Run, action: Any) -> dict[str, Any]:
+    changes = [{"what": f"source {action.name}", "was": "drawn", "now": "dropped"}]
+    return {"changes": changes, "undo": [{"do": "add_source", "name": action.name}]}
+
+
+def _drop(run: Run, action: Any) -> None:
+    run.steered.dropped.append(action.name)
+
+
+def _skipped(run: Run, trial: Trial, action: Any, place: str) -> None:
+    if action.source not in run.sources:
+        raise UserError(f"{place}: there is no source '{action.source}'{did_you_mean(action.source, run.sources)}")
+
+
+def _skip_effect(run: Run, action: Any) -> dict[str, Any]:
+    before = run.stream.cursors()[action.source].next
+    return {"changes": [{"what": f"position in {action.source}", "was": before, "now": f"{action.rows} rows on"}]}
+
+
+def _skip(run: Run, action: Any) -> None:
+    run.stream.skip(action.source, rows=action.rows, length=run.node.stage.length)
+
+
+ACTS = {
+    "mix": (_mixed, _mix_effect, _mix),
+    "add_source": (_added, _added_effect, _add),
+    "drop_source": (_dropped, _dropped_effect, _drop),
+    "skip_data": (_skipped, _skip_effect, _skip),
+}

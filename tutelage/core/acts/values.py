@@ -1,0 +1,171 @@
+"""Setting and scaling: the values that can be reached, each with its bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from tutelage.base.clock import Span
+from tutelage.base.errors import UserError, did_you_mean
+from tutelage.base.method import Method
+from tutelage.core.acts.trial import Trial
+
+if TYPE_CHECKING:
+    from tutelage.core.stage import Run
+
+
+OWN = {"optim.lr": "learning rate in use", "optim.base": "learning rate at the schedule's peak",
+       "engine.clip": "largest norm of the whole gradient", "model.dropout": "dropout of the whole model"}  # fmt: skip
+
+
+def steerable(run: Run) -> list[str]:
+    """Every value that may be set: the rate, clipping, dropout where there is some, and what methods declare."""
+    drop = ["model.dropout"] if dropouts(run.engine.model) else []
+    own = ["optim.lr", "optim.base", *(["engine.clip"] if run.engine.clip is not None else []), *drop]
+    return own + [f"{m.name()}.{field}" for m in run.methods.all() for field in sorted(m.steerable)]
+
+
+def value(run: Run, path: str) -> Any:
+    """What a steerable value is now."""
+    if path in OWN:
+        model = run.engine.model
+        now: dict[str, Callable[[], Any]] = {
+            "optim.lr": lambda: base_rate(run.engine.optimizer) * factor(run),
+            "optim.base": lambda: base_rate(run.engine.optimizer),
+            "engine.clip": lambda: run.engine.clip,
+            "model.dropout": lambda: next(getattr(m, a) for m, a in dropouts(model)),
+        }
+        return now[path]()
+    name, _, key = path.rpartition(".")
+    return getattr(next(m for m in run.methods.all() if m.name() == name), key)
+
+
+def base_rate(optimizer: Any) -> float:
+    """The rate before the schedule of a parameter whose group has no `rate` of its own."""
+    group = next((g for g in optimizer.param_groups if g["ratio"]), None)
+    return float(group["base_lr"] / group["ratio"]) if group else 0.0
+
+
+def factor(run: Run) -> float:
+    """The schedule's share of the base rate in the coming step."""
+    return float(run.methods.slots["schedule"].factor(run.clock))
+
+
+def dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every dropout of a model, as a module and the attribute that holds its rate."""
+    found = [(m, "p") for m in model.modules() if isinstance(m, nn.Dropout)]
+    return found + [
+        (m, "attention_dropout") for m in model.modules() if isinstance(getattr(m, "attention_dropout", None), float)
+    ]
+
+
+def _valued(run: Run, trial: Trial, action: Any, place: str) -> None:
+    """Check `set` and `scale`: the path is declared, the value within its bounds."""
+    targets = steerable(run)
+    if action.path not in targets:
+        raise UserError(f"{place}: nothing here can be steered as '{action.path}'{did_you_mean(action.path, targets)}")
+    if action.path not in OWN:
+        _try(run, trial, action, place)
+        return
+    now = value(run, action.path)
+    new = action.to if action.do == "set" else now * action.by
+    if not isinstance(new, (int, float)):
+        raise UserError(f"{place}: {action.path} is a number (got {new!r})")
+    low, high = {"engine.clip": (1e-12, 1e12), "model.dropout": (0.0, 1 - 1e-9)}.get(action.path, (0.0, 1e6))
+    if not low <= new <= high:
+        raise UserError(f"{place}: {action.path}: {new:g} is not between {low:g} and {high:g}")
+    if action.do == "set" and action.path == "optim.lr" and not factor(run):
+        raise UserError(f"{place}: optim.lr: the schedule makes the rate 0 just now, whatever it is set to")
+
+
+def _try(run: Run, trial: Trial, action: Any, place: str) -> None:
+    name, _, key = action.path.rpartition(".")
+    try:
+        put(trial.methods[name], key, action)
+    except ValidationError as error:
+        raise UserError(f"{place}: {action.path}: {error.errors()[0]['msg']}") from error
+    except TypeError as error:
+        raise UserError(f"{place}: {action.path} is no number: it can be set, not scaled") from error
+    taken = sum(
+        share for m in trial.methods.values() if "source" in m.hooks() for _, share in m.source(run.view).values()
+    )
+    if not taken < 1:
+        raise UserError(f"{place}: {action.path}: methods would take {taken:.0%} of every batch, and nothing is left")
+
+
+def put(method: Method, key: str, action: Any) -> None:
+    """Set or scale a method's field; its own bounds hold."""
+    setattr(method, key, action.to if action.do == "set" else getattr(method, key) * action.by)
+
+
+def _value_effect(run: Run, action: Any) -> dict[str, Any]:
+    now = plain(value(run, action.path))
+    said = {"path": action.path, "undo": [{"do": "set", "path": action.path, "to": now}]}
+    if action.path in ("optim.lr", "optim.base"):
+        share, base = factor(run), base_rate(run.engine.optimizer)
+        changes = []
+        for group in run.engine.optimizer.param_groups:
+            new = _rate(run, group, action)
+            ratio = group["ratio"]
+            label = group["role"] if ratio in (0.0, 1.0) else f"{group['role']} ×{ratio:g}"
+            changes.append(
+                {"what": "optim.lr", "group": label, "was": group["base_lr"], "now": new, "used": new * share}
+            )
+        changes.sort(key=lambda change: "×" in change["group"])  # a plain group speaks for all
+        return {**said, "changes": changes, "undo": [{"do": "set", "path": "optim.base", "to": base}]}
+    if action.path in OWN:
+        new = action.to if action.do == "set" else now * action.by
+        return {**said, "changes": [{"what": action.path, "was": now, "now": new, "used": new}]}
+    name, _, key = action.path.rpartition(".")
+    copy = next(m for m in run.methods.all() if m.name() == name).model_copy()
+    put(copy, key, action)
+    new = plain(getattr(copy, key))
+    return {**said, "changes": [{"what": action.path, "was": now, "now": new, "used": new}]}
+
+
+def plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Span) else value
+
+
+def _rate(run: Run, group: dict[str, Any], action: Any) -> float:
+    """A group's new base rate: groups keep their ratios."""
+    if action.do == "scale":
+        return float(group["base_lr"] * action.by)
+    share = 1.0 if action.path == "optim.base" else factor(run)
+    return float(action.to / share * group["ratio"])
+
+
+def _assign(run: Run, action: Any) -> None:
+    if action.path in ("optim.lr", "optim.base"):
+        new = [_rate(run, group, action) for group in run.engine.optimizer.param_groups]
+        for group, rate in zip(run.engine.optimizer.param_groups, new, strict=True):
+            group["base_lr"] = rate
+        return
+    if action.path in OWN:
+        new_value = action.to if action.do == "set" else value(run, action.path) * action.by
+        run.steered.values[action.path] = float(new_value)
+        settle(run)
+        return
+    name, _, key = action.path.rpartition(".")
+    method = next(m for m in run.methods.all() if m.name() == name)
+    put(method, key, action)
+    if "settings" in method.hooks():
+        for group in run.engine.optimizer.param_groups:
+            group.update(method.settings(group))
+    if "source" in method.hooks():
+        run.shares.update({name: share for name, (_, share) in method.source(run.view).items()})
+
+
+def settle(run: Run) -> None:
+    """Let values that an action has set, and no method holds, be so: after the action and after a resume."""
+    values = run.steered.values
+    if "engine.clip" in values:
+        run.engine.clip = values["engine.clip"]
+    for module, attribute in dropouts(run.engine.model) if "model.dropout" in values else ():
+        setattr(module, attribute, values["model.dropout"])
+
+
+ACTS = {"set": (_valued, _value_effect, _assign), "scale": (_valued, _value_effect, _assign)}

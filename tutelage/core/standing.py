@@ -1,0 +1,151 @@
+"""How a stage stands with those who steer it: what is paused, locked, waiting, and who may do what.
+
+All of it follows from the journal, line by line, so that it is the same after a crash and nothing of it is saved.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tutelage.base.action import PERSONS_ONLY, RANK, Action, parse, target
+from tutelage.base.errors import UserError
+from tutelage.base.spec import ActorSpec, SteeringSpec
+
+
+class Waits(Exception):
+    """A request that a person must approve first; its text says which rule asks for it."""
+
+
+@dataclass
+class Change:
+    """One value changed by somebody."""
+
+    tick: int
+    actor: str
+    path: str
+    was: float
+
+
+@dataclass
+class Standing:
+    """What the journal amounts to, up to its last line."""
+
+    rules: SteeringSpec
+    paused: bool = False
+    step_to: int | None = None  # the tick at which a `step` is over
+    locked: set[str] = field(default_factory=set)
+    waiting: dict[str, dict[str, Any]] = field(default_factory=dict)  # requests by id
+    released: dict[str, dict[str, Any]] = field(default_factory=dict)  # of these, the ones a person has answered
+    done: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # what became of each request: its engine line's entry
+    journaled: set[str] = field(default_factory=set)  # requests that were accepted
+    held: dict[str, tuple[int, str, bool]] = field(
+        default_factory=dict
+    )  # target: tick, actor, now and then by a person
+    counts: Counter[str] = field(default_factory=Counter)  # requests done, by actor
+    changes: list[Change] = field(default_factory=list)
+
+    def fold(self, line: dict[str, Any]) -> None:
+        """Take one line of the journal into account."""
+        if line["by"] == "engine":
+            for entry in line["do"]:
+                self._answered(line, entry)
+            return
+        actor = line.get("actor", "person")
+        self.journaled.add(line["id"])
+        acts = [parse(act, place="journal") for act in line["do"]]
+        if any(act.do != "note" for act in acts):
+            self.counts[actor] += 1
+        for act in acts:
+            self._takes(act, tick=line["tick"], actor=actor)
+
+    def _takes(self, act: Action, *, tick: int, actor: str) -> None:
+        if act.do == "pause":
+            self.paused, self.step_to = True, None
+        elif act.do == "resume":
+            self.paused, self.step_to = False, None
+        elif act.do == "step":
+            self.paused, self.step_to = False, tick + act.n
+        elif act.do == "lock":
+            self.locked |= set(act.actors)
+        elif act.do == "unlock":
+            self.locked -= set(act.actors)
+        elif act.do in ("approve", "refuse") and act.id in self.waiting:
+            self.released[act.id] = self.waiting.pop(act.id)
+        touched = target(act)
+        if touched:
+            self.held[touched] = (tick, actor, actor == "person")
+
+    def _answered(self, line: dict[str, Any], entry: dict[str, Any]) -> None:
+        if entry["do"] == "applied":
+            self.done[entry["id"]] = {**entry, "tick": line["tick"]}
+            for effect in entry["effects"]:
+                for change in effect.get("changes", [])[:1]:
+                    if isinstance(change.get("was"), (int, float)):
+                        self.changes.append(Change(line["tick"], entry["actor"], change["what"], float(change["was"])))
+        elif entry["do"] == "waiting":
+            self.waiting[entry["id"]] = entry["request"]
+        elif entry["do"] == "refused":
+            self.done[entry["id"]] = {**entry, "tick": line["tick"]}
+
+    def stopped_at(self, tick: int) -> bool:
+        """Whether the stage waits before this tick's step."""
+        return self.paused or (self.step_to is not None and tick >= self.step_to)
+
+    # -- who may do what ----------------------------------------------------------------------------------------------
+
+    def judge(
+        self, acts: list[Action], effects: list[dict[str, Any]], *, actor: str, tick: int, approved: bool = False
+    ) -> None:
+        """UserError for what this actor may not do now; Waits for what a person must allow first."""
+        if actor in ("person", "recipe"):
+            return
+        only = sorted({act.do for act in acts} & PERSONS_ONLY)
+        if only:
+            raise UserError(f"only a person may {only[0]}")
+        if actor in self.locked:
+            raise UserError(f"a person has locked {'agents' if actor == 'agent' else 'policies'} out")
+        rules: ActorSpec = getattr(self.rules, actor)
+        if self.counts[actor] >= rules.budget and any(act.do != "note" for act in acts):
+            raise UserError(f"the budget of {rules.budget} requests is spent (steering.{actor}.budget)")
+        for act in acts:
+            self._free(target(act), actor=actor, tick=tick)
+        for effect in effects:
+            self._within(effect, rules, actor=actor, tick=tick)
+        risky = [act.do for act in acts if act.do in rules.approve]
+        if risky and not approved:
+            raise Waits(f"`{risky[0]}` waits for a person (steering.{actor}.approve)")
+
+    def _free(self, touched: str | None, *, actor: str, tick: int) -> None:
+        """What a higher actor has just taken, or a person a while ago, is not to be had."""
+        if touched is None or touched not in self.held:
+            return
+        when, who, person = self.held[touched]
+        until = when + int(self.rules.hold.value)
+        if person and (tick < until or (touched == "pause" and self.stopped_at(tick))):
+            raise UserError(f"a person changed {touched} at tick {when}; it is theirs until tick {until}")
+        if when == tick and RANK[who] < RANK[actor]:
+            raise UserError(
+                f"{touched} was changed at this tick by {'an' if who == 'agent' else 'a'} {who}, who goes first"
+            )
+
+    def _within(self, effect: dict[str, Any], rules: ActorSpec, *, actor: str, tick: int) -> None:
+        """The factor on a value over the last steps stays within the actor's limits."""
+        path = "optim.lr" if effect.get("path") == "optim.base" else effect.get("path")
+        limit = rules.limits.get(str(path))
+        if limit is None or not effect.get("changes"):
+            return
+        window = int(limit.per.value)
+        same = [c for c in self.changes if c.path in (path, "optim.base" if path == "optim.lr" else path)]
+        recent = [c for c in same if c.tick > tick - window and c.actor == actor]
+        was, now = (recent[0].was if recent else effect["changes"][0]["was"]), effect["changes"][0]["now"]
+        low, high = limit.by
+        if not (isinstance(was, (int, float)) and isinstance(now, (int, float))):
+            return
+        if not low * was - 1e-12 * abs(was) <= now <= high * was + 1e-12 * abs(was):
+            raise UserError(
+                f"{path} from {was:g} to {now:g} leaves ×[{low:g}, {high:g}] per {window} steps (steering.{actor}.limits)"
+            )
