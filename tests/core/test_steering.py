@@ -254,9 +254,9 @@ WRONG: dict[str, Any] = {
 
 def test_what_cannot_be_done_is_refused_and_hurts_nothing(tmp_path: Path) -> None:
     plain = run(tmp_path / "plain")
-    for i, acts in enumerate(WRONG.values()):
+    for i, wrong in enumerate(WRONG.values()):
         path = request(tmp_path / "asked", name=f"wrong{i}")
-        path.write_text(json.dumps({"by": "ada", "do": acts}))
+        path.write_text(json.dumps({"by": "ada", "do": wrong}))
     request(tmp_path / "asked", {"do": "end_stage"}, name="spoofed", by="engine")
     request(tmp_path / "asked", name="torn").write_text('{"by": "ada", "do": [')
     said: list[str] = []
