@@ -18,7 +18,7 @@ from rich.prompt import Prompt
 from tutelage import modalities
 from tutelage.base import load
 from tutelage.base.errors import UserError
-from tutelage.core import compare, forward, report
+from tutelage.core import compare, forward, quantized, report
 from tutelage.core.flops import measured_peak
 from tutelage.core.graph import Drift, Graph
 from tutelage.core.record import write_whole
@@ -43,6 +43,7 @@ def run_recipe(
         raise UserError("--reuse and --retrain say opposite things; give one")
     graph = graph_of(recipe, sets=sets, runs=runs)
     forward.check(graph.recipe.report_to)
+    quantized.check_library(graph.recipe.stages)
     drift: Any = "reuse" if reuse else "retrain" if retrain else "refuse"
     world = World.join()
     if not world.rank and not (runs / graph.name / "recipe.yaml").exists():  # a killed run can be branched from too

@@ -345,6 +345,7 @@ def _training(row: dict[str, Any]) -> list[str]:
         out.append(f"  time      {spell(row['seconds'])} for {_number(row['flops'])}FLOPs ({row['seconds_from']})")
     names = ("weights", "gradients", "optimizer", "activations", "logits", "frozen")
     parts = ", ".join(f"{name} {size(memory[name])}" for name in names if memory[name])
+    parts += f"; frozen weights in {memory['quantize']}" if memory["quantize"] else ""
     free = "" if memory["available"] is None else f" of {size(memory['available'])} free ({memory['device']})"
     out.append(f"  memory    {size(memory['total'])}{free}: {parts}")
     if memory["available"] is not None and memory["total"] > memory["available"]:

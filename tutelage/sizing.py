@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tutelage.base.spec import Stage
-from tutelage.core import flops, memory, micro
+from tutelage.core import flops, memory, micro, quantized
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.graph import Methods, Node
 from tutelage.core.out import CHUNK
@@ -160,6 +160,12 @@ def _states(method: Any, role: str) -> float:
     return sum(v.numel() for v in held if v.ndim) / p.numel()
 
 
+def weights_of(node: Node, model: Model) -> int:
+    """Bytes of the weights while the stage trains, its checkpoints' too."""
+    quantize = node.stage.engine.quantize is not None
+    return 4 * model.params - (quantized.saved(model.module, model.parts, item=4) if quantize else 0)
+
+
 def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[str, Any]:
     """Bytes by part for the micro-batch that will be found, what there is, and what to lower if it is too little."""
     stage, device = node.stage, device_of(node.stage)
@@ -168,7 +174,7 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
     frozen = sum(len(m.refs) for m in methods.all()) * model.params * 4
     autocast = autocast_of(stage.precision, device)
     fixed = (
-        4 * model.params + frozen,
+        weights_of(node, model) + frozen,
         int(4 * model.trained * (1 + states)),
     )  # there before micro-batches are, and after
 
@@ -181,6 +187,7 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
             autocast=autocast,
             checkpointing=checkpointing,
             chunk=CHUNK["cpu" if device.type == "cpu" else "cuda"],
+            quantize=stage.engine.quantize is not None,
         )
         return {**found, "frozen": frozen, "total": found["total"] + frozen}
 
@@ -190,7 +197,8 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
         options: dict[str, Any] = {"autocast": autocast, "checkpointing": stage.engine.checkpointing}
         count = micro.fit(model.module, rows=rows, length=stage.length, room=room, parts=model.parts, **options)
     now = (count, stage.length, stage.engine.checkpointing)
-    result: dict[str, Any] = {**total(*now), "micro": count, "available": free, "device": device.type, "lower": {}}
+    about = {"micro": count, "available": free, "device": device.type, "quantize": stage.engine.quantize}
+    result: dict[str, Any] = {**total(*now), **about, "lower": {}}
     if free is not None and result["total"] > free:
         smaller: dict[str, tuple[str, int]] = {}
         if count > 1:
@@ -203,6 +211,8 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
             smaller["engine.checkpointing"] = ("true", total(*now[:2], True)["total"])
         if not methods.having("wrap") and model.trained > model.params // 10:
             smaller["methods"] = ("[param/lora]", int(1.02 * (result["total"] - fixed[1])))
+        if methods.having("wrap") and stage.engine.quantize is None:
+            smaller["engine.quantize"] = ("nf4", result["total"] - quantized.saved(model.module, model.parts, item=4))
         result["lower"] = {key: found for key, found in smaller.items() if found[1] < 0.97 * result["total"]}
     return result
 
@@ -212,7 +222,7 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
 
 def disk_of(node: Node, model: Model, memory: dict[str, Any], *, tokens: float, vocab: int) -> dict[str, float]:
     """Bytes that will stay: checkpoints as many as are kept, the artifact, and data tokenized for it."""
-    state = 4.0 * model.params + memory["optimizer"]  # frozen weights are in a checkpoint too
+    state = weights_of(node, model) + memory["optimizer"]  # frozen weights are in a checkpoint too
     found = {
         "checkpoints": node.stage.save.keep * state,
         "artifact": 4.0 * model.params,

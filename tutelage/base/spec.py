@@ -135,7 +135,7 @@ class SaveSpec(Waiting):
 
 
 class EngineSpec(Waiting):
-    """How a step is computed; none of it changes what is learned beyond rounding."""
+    """How a step is computed; apart from `quantize`, none of it changes what is learned beyond rounding."""
 
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; null for none")
     micro: int | None = Field(None, ge=1, description="rows of a micro-batch; found by trial when left out")
@@ -144,6 +144,9 @@ class EngineSpec(Waiting):
         False, description="recompute activations in backward: less memory, a third more compute"
     )
     deterministic: bool = Field(True, description="same bits on every run; false gives back its cost and the promise")
+    quantize: Literal["nf4", "fp4"] | None = Field(
+        None, description="hold frozen linear weights in four bits, as QLoRA does; needs bitsandbytes"
+    )
     device: str | None = Field(None, description="`cpu`, `cuda`; the best one there when left out")
     threads: int | None = Field(None, ge=1, description="CPU threads; one for small models when left out")
 

@@ -82,8 +82,8 @@ def at_step(node: Node, step: int) -> Path:
         raise UserError(f"stage {node.name} in {node.folder} has no checkpoint of step {step} (it has: {have})")
     (state / "kept").touch()
     saved = artifact.load_state(state)
-    wrapped = methods_of(node.name, node.stage).having("wrap")
-    model, processor, adapters = _rebuilt(node, saved) if wrapped else _plain(node, saved)
+    shaped = methods_of(node.name, node.stage).having("wrap") or node.stage.engine.quantize
+    model, processor, adapters = _rebuilt(node, saved) if shaped else _plain(node, saved)
 
     def write(folder: Path) -> None:
         node.graph.modality.save_model(model, folder)
@@ -114,7 +114,7 @@ def _plain(node: Node, saved: Any) -> tuple[Any, Any, list[Any]]:
 
 
 def _rebuilt(node: Node, saved: Any) -> tuple[Any, Any, list[Any]]:
-    """The model as its stage wrapped it, with the checkpoint's weights, and then folded."""
+    """The model as its stage wrapped (and quantized) it, with the checkpoint's weights, and then folded."""
     base = opened(node, world=World(), say=lambda said: None)
     run: Any = SimpleNamespace(
         node=node, engine=base.engine, view=base.view, methods=base.methods, folder=node.folder, wrapped={}, extra={}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tutelage.base import registry
 from tutelage.base.errors import UserError
-from tutelage.core import artifact, forward, surgery
+from tutelage.core import artifact, forward, quantized, surgery
 from tutelage.core.graph import Node
 from tutelage.core.loop import train
 from tutelage.core.record import dumps, read_lines, sole_writer, write_whole
@@ -77,8 +77,12 @@ def trackers(node: Node, world: World, say: Say) -> contextlib.AbstractContextMa
 
 
 def fold(run: Any) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Put plain layers back, with what their wrappers learned; returns the wrappers in PEFT's format."""
+    """Put plain layers back, with what their wrappers learned; returns the wrappers in PEFT's format.
+
+    Weights in four bits become what these stand for (see core/quantized.py).
+    """
     adapters = []
+    quantized.restore(run.engine.model)
     for method in run.methods.having("wrap"):
         mine = {name: wrapper for name, (wrapper, owner, _) in run.wrapped.items() if owner is method}
         if "adapter" in method.hooks():
@@ -145,6 +149,8 @@ def card(node: Node, *, rows: list[dict[str, Any]] | None = None, step: int | No
     table = ["| measure | value |", "|---|---|", *found] if found else ["Nothing was measured in this stage."]
     steered = [line for line in read_lines(node.folder / "journal.jsonl") if line["by"] not in ("engine", "recipe")]
     note = f"\nSteered by hand {len(steered)} times; `journal.jsonl` beside this file says how.\n" if steered else ""
+    kind = node.stage.engine.quantize
+    note += "" if kind is None else f"\nTrained over {kind} weights: `model/` holds what these stand for.\n"
     return "\n".join(
         [
             *("---", yaml.safe_dump(head, sort_keys=False).strip(), "---", f"# {node.graph.name} / {node.name}", ""),

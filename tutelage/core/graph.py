@@ -17,6 +17,7 @@ from tutelage.base.links import order, references
 from tutelage.base.method import Method
 from tutelage.base.spec import Recipe, SourceSpec, Stage, is_late
 from tutelage.base.values import unbound
+from tutelage.core import quantized
 from tutelage.core.identity import code_id, file_id, weights_id
 from tutelage.core.modality import Modality
 from tutelage.core.record import read_lines
@@ -211,7 +212,7 @@ class Graph:
         for stage_name in order(recipe):
             graph.nodes[stage_name] = Node(stage_name, recipe.stages[stage_name], graph)
         for node in graph.nodes.values():
-            methods_of(node.name, unbound(node.stage))  # refuse early
+            quantized.check(node.name, node.stage, methods_of(node.name, unbound(node.stage)))  # refuse early
         return graph
 
     def stage_name(self, start: Any) -> str | None:
@@ -258,7 +259,7 @@ class Graph:
             make={"use": self.modality.sampler, "length": min(PASSAGE, length)},
             length=length,
             seed=stage.seed,
-            engine=stage.engine,
+            engine=stage.engine.model_copy(update={"quantize": None}),
         )
         kept = {"self": SourceSpec(stage=writer, val="20%")}
         self.recipe.stages[name] = stage.model_copy(update={"keep": kept})
@@ -282,6 +283,8 @@ class Graph:
     def _literals(self, node: Node) -> dict[str, Any]:
         literals = node.stage.model_dump(mode="json", exclude=set(_APART))
         literals["engine"] = {k: v for k, v in literals["engine"].items() if k not in _ENGINE_APART}
+        if literals["engine"]["quantize"] is None:  # as it was before there was such a key
+            del literals["engine"]["quantize"]
         methods = methods_of(node.name, node.stage)
         for slot in _TRAINING if node.stage.make is not None else ():
             methods.slots[slot] = None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tutelage.base.errors import UserError
+from tutelage.core import quantized
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.out import CHUNK
 
@@ -32,6 +33,7 @@ def estimate(
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
     chunk: int | None = None,
+    quantize: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, int]:
     """Bytes one training step needs: `weights gradients optimizer activations logits total`.
@@ -39,6 +41,7 @@ def estimate(
     `model` is a transformers model (on the meta device, say) or its configuration; `dtype` that of weights, gradients
     and optimizer states (`optimizer_states_per_param` numbers for each trainable one), `autocast` that of the work if
     it differs. `batch_rows` × `length` is one micro-batch. `chunk` is the most numbers in a chunk of logits.
+    With `quantize` the frozen linear layers hold four bits a weight.
 
     Activations are what autograd saves in a forward traced on tensors without contents, plus what backward has in
     flight in the largest block; with `checkpointing`, the input of each block and one block's own. A model that
@@ -53,8 +56,9 @@ def estimate(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saved, flight = _activations(model, parts, batch_rows, length, dtype, autocast, checkpointing, device)
     logits = _logits(model, parts, batch_rows * length, chunk, torch.device(device))
+    weights = sum(p.numel() for p in model.parameters()) * item
     result = {
-        "weights": sum(p.numel() for p in model.parameters()) * item,
+        "weights": weights - (quantized.saved(model, parts, item=item) if quantize else 0),
         "gradients": trainable * item,
         "optimizer": int(trainable * optimizer_states_per_param * item),
         "activations": saved + max(0, flight - logits),  # the head is done when the blocks' backward begins
@@ -180,6 +184,9 @@ def _bytes(kept: dict[int, Tensor]) -> int:
 def _twin(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The same model with tensors that have no contents, in train mode; ties stay ties."""
     memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, quantized.Linear4bit):
+            memo[id(module)] = quantized.stand_in(module, dtype=dtype, device=device)
     for parameter in model.parameters():
         kind = dtype if parameter.is_floating_point() else parameter.dtype
         empty = torch.empty(parameter.shape, dtype=kind, device=device)
@@ -199,7 +206,7 @@ def _by_formula(
     width = 0
     for name in parts.linears:
         if parts.block_index(name) is not None and name.startswith(within):
-            width += sum(cast(Tensor, model.get_submodule(name).weight).shape)
+            width += sum(quantized.sides(model.get_submodule(name)))
     for name in (n for n in parts.experts if n.startswith(within)):  # each token passes through a few experts
         chosen = getattr(parts.root.config, "num_experts_per_tok", 1) or 1
         width += sum(model.get_parameter(name).shape[-2:]) * chosen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.base.errors import UserError
-from tutelage.core import artifact
+from tutelage.core import artifact, quantized
 from tutelage.core.anatomy import anatomy, match
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def trainable(run: Run) -> None:
 
 
 def wrap(run: Run) -> None:
-    """Wrap layers, add methods' own modules, freeze."""
+    """Wrap layers, add methods' own modules, freeze; what is frozen goes into four bits where the stage says so."""
     engine, model = run.engine, run.engine.model
     for method in run.methods.having("wrap"):
         run.view.reseed(f"wrap|{method.name()}")
@@ -85,6 +85,7 @@ def wrap(run: Run) -> None:
         run.view.reseed(f"modules|{method.name()}")
         run.extra |= {label: part.to(engine.device) for label, part in method.modules(model).items()}
     trainable(run)
+    quantized.quantize(run)
     for spec in run.node.stage.groups:
         if spec.dropout is not None:
             set_dropout(model, spec.match, spec.dropout)
