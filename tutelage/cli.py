@@ -175,6 +175,30 @@ def bench(
     bench_command(names or [], everything=everything, seeds=seeds, runs=runs)
 
 
+@app.command()
+def agent(
+    stage: StageArg,
+    endpoint: Annotated[str, typer.Option(help="OpenAI-compatible: http://127.0.0.1:8000/v1")],
+    model: Annotated[str, typer.Option(help="its name at the endpoint")],
+    every: Annotated[str, typer.Option(help="steps between two questions")] = "200step",
+    name: Annotated[str, typer.Option("--as", help="the name it signs with")] = "agent",
+    goal: Annotated[
+        str, typer.Option(help="what it is told to aim for")
+    ] = "the lowest held-out loss at the end of the stage",
+    may: Annotated[str | None, typer.Option(help="actions it may ask for: set,scale,…")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds for one whole reply")] = 60.0,
+    key_env: Annotated[str | None, typer.Option(help="environment variable that holds the endpoint's key")] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Ask a language model every so many steps what it would do to a running stage, and send that as an agent's requests."""
+    from tutelage.agent import command
+
+    command(
+        stage, endpoint=endpoint, model=model, every=every, name=name, goal=goal, may=may, timeout=timeout, key_env=key_env,
+        runs=runs, say=lambda text: console.print(text, soft_wrap=True, markup=False),
+    )  # fmt: skip
+
+
 @new.command("recipe")
 def new_recipe(
     model: Annotated[str, typer.Argument(help="a model folder, hub name or config file", show_default=False)],
