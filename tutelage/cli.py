@@ -199,6 +199,37 @@ def agent(
     )  # fmt: skip
 
 
+@app.command()
+def serve(
+    runs: RunsOption = RUNS,
+    host: Annotated[
+        str, typer.Option(help="the address to listen on; others than this machine's need tokens")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free")] = 8765,
+    root_path: Annotated[str, typer.Option(help="the path under which a proxy shows it")] = "",
+    allow_host: Annotated[list[str] | None, typer.Option(help="a name it is also reached by")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="a proxy's origin: https://hub.example.org")] = None,
+    closed: Annotated[bool, typer.Option("--closed", help="ask for a token for reading, too")] = False,
+    new_token: Annotated[str | None, typer.Option(help="make a token of this name, show it once, and end")] = None,
+    scope: Annotated[str, typer.Option(help="of the new token: read, steer or admin")] = "read",
+    actor: Annotated[str, typer.Option(help="whose the new token is: a person's or an agent's")] = "person",
+    drop_token: Annotated[str | None, typer.Option(help="take a token back, and end")] = None,
+) -> None:
+    """Serve runs: an API, and what happens live. Training neither needs it nor notices it."""
+    if new_token is not None or drop_token is not None:
+        from tutelage.server.auth import Tokens
+
+        if drop_token is not None:
+            Tokens(runs).drop(drop_token)
+        if new_token is not None:
+            print(Tokens(runs).make(new_token, scope=scope, actor=actor))
+        return
+    from tutelage.server.app import serve as serve_runs
+
+    names, origins = allow_host or [], allow_origin or []
+    serve_runs(runs, host=host, port=port, root_path=root_path, hosts=names, origins=origins, closed=closed)
+
+
 @new.command("recipe")
 def new_recipe(
     model: Annotated[str, typer.Argument(help="a model folder, hub name or config file", show_default=False)],

@@ -40,7 +40,7 @@ _EMPTY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StageInfo:
-    """The newest version of a stage that has begun. `state` is running, paused, finished or stopped."""
+    """The newest version of a stage that has begun. `state` is running, paused, finished, stopped or unreadable."""
 
     run: str
     stage: str
@@ -67,9 +67,17 @@ def stages(runs: Path) -> list[StageInfo]:
     found = []
     for run in _folders(runs):
         made = [place for home in _folders(run) if (place := _newest(home, runs))]
-        made.sort(key=lambda place: ((place / "stage.json").stat().st_mtime, place))
+        made.sort(key=lambda place: (_begun(place), place))
         found += [_info(place, runs) for place in made]
     return found
+
+
+def _begun(folder: Path) -> float:
+    """When a stage began; 0 for one that was deleted just now."""
+    try:
+        return (folder / "stage.json").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def find(reference: str, *, runs: Path) -> Path:
@@ -139,8 +147,11 @@ def _newest(home: Path, runs: Path) -> Path | None:
 
 
 def _info(folder: Path, runs: Path) -> StageInfo:
-    about, run = read(folder / "stage.json") or {}, folder.parent.parent.name
-    now = controls(folder)
+    run = folder.parent.parent.name
+    try:
+        about, now = read(folder / "stage.json") or {}, controls(folder)
+    except UserError:  # one stage that cannot be read hides no other
+        return StageInfo(run=run, stage=folder.parent.name, folder=folder, state="unreadable", tick=0)
     return StageInfo(
         run=run,
         stage=folder.parent.name,

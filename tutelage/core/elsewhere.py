@@ -81,9 +81,7 @@ def at_step(node: Node, step: int) -> Path:
         have = ", ".join(map(str, saved_steps(node.folder))) or "none"
         raise UserError(f"stage {node.name} in {node.folder} has no checkpoint of step {step} (it has: {have})")
     (state / "kept").touch()
-    saved = artifact.load_state(state)
-    shaped = methods_of(node.name, node.stage).having("wrap") or node.stage.engine.quantize
-    model, processor, adapters = _rebuilt(node, saved) if shaped else _plain(node, saved)
+    model, processor, adapters = _restored(node, state)
 
     def write(folder: Path) -> None:
         node.graph.modality.save_model(model, folder)
@@ -95,6 +93,28 @@ def at_step(node: Node, step: int) -> Path:
 
     artifact.publish(place, write)
     return place
+
+
+def model_at(node: Node, step: int | None) -> tuple[Any, Any]:
+    """Model and processor of a finished stage (None) or of a saved step, in memory: nothing is written."""
+    assert node.folder is not None
+    place = node.artifact / "model" if step is None else node.folder / STEPS / f"{step:09d}"
+    if (place / "config.json").exists():
+        folder, config = node.graph.modality.start_files(str(place))
+        processor = processor_of(node, folder, say=lambda said: None)
+        return node.graph.modality.model(folder, config, processor=processor, length=node.stage.length), processor
+    state = node.folder / "state" / f"{step or 0:09d}"
+    if step is None or not (state / "state.json").exists():
+        have = ", ".join(map(str, saved_steps(node.folder))) or "none"
+        what = "is not finished" if step is None else f"has no checkpoint of step {step}"
+        raise UserError(f"stage {node.name} in {node.folder} {what} (it has: {have})")
+    return _restored(node, state)[:2]
+
+
+def _restored(node: Node, state: Path) -> tuple[Any, Any, list[Any]]:
+    saved = artifact.load_state(state)
+    shaped = methods_of(node.name, node.stage).having("wrap") or node.stage.engine.quantize
+    return _rebuilt(node, saved) if shaped else _plain(node, saved)
 
 
 def _plain(node: Node, saved: Any) -> tuple[Any, Any, list[Any]]:

@@ -1,0 +1,100 @@
+"""The WebSocket of a stage: everything there is, then everything that comes, each once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from functools import partial
+from pathlib import Path
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from tutelage.base.errors import UserError
+from tutelage.server.desk import Desk
+from tutelage.server.feed import USUAL, Feed, said
+
+QUIET = 15.0  # seconds without news after which a viewer is told that all is well
+SLOW = 30.0  # seconds that a viewer may take for one message
+GONE, STOPS, BUSY = 4404, 1001, 1013
+
+
+async def view(
+    socket: WebSocket, desk: Desk, folder: Path, *, since: int | None, names: list[str] | None, width: int
+) -> None:
+    """Serve one viewer until it leaves, the stage goes or the server stops.
+
+    since: the number up to which it knows everything. If the feed still knows what followed, that is what it gets, as
+    `news`; else a `snapshot`, which takes the place of all it had.
+    """
+    await socket.accept()
+    viewer = asyncio.create_task(
+        _serve(socket, desk, folder, since, tuple(names) if names is not None else USUAL, width)
+    )
+    left = asyncio.create_task(_left(socket))
+    stops = asyncio.create_task(desk.feeds.stopping.wait())
+    tasks = (viewer, left, stops)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        code, why = (STOPS, "the server stops") if stops.done() else (GONE, "")
+        if viewer.done() and viewer.exception() is not None:
+            error = viewer.exception()
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}"
+            code = BUSY if isinstance(error, (TimeoutError, UserError)) else 1011
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
+            await asyncio.wait_for(socket.close(code, why[:120]), 1.0)
+
+
+async def _left(socket: WebSocket) -> None:
+    """Until the viewer leaves. What it says is not listened to: requests go over HTTP, where they can be refused."""
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        while (await socket.receive())["type"] != "websocket.disconnect":
+            pass
+
+
+async def _serve(
+    socket: WebSocket, desk: Desk, folder: Path, since: int | None, names: tuple[str, ...] | None, width: int
+) -> None:
+    async with desk.feeds.watched(folder) as feed:
+        while feed.loading is not None and not feed.fault:
+            if since is None or not feed.knows(since):
+                await _send(socket, await desk.feeds.look(lambda: feed.preview(names=names)))
+            await desk.feeds.news(feed, seconds=0.5)
+        version = -1
+        if since is not None and feed.knows(since):
+            at = since
+        else:
+            message, at = await desk.feeds.look(lambda: feed.snapshot(names=names, width=width))
+            await _send(socket, message)
+        controls = feed.controls
+        await _send(socket, said({"type": "controls", "controls": controls}))
+        while not feed.fault:
+            if feed.version == version:
+                await desk.feeds.news(feed, seconds=QUIET)
+                if feed.version == version:
+                    await _send(socket, said({"type": "alive", "seq": at}))
+            version = feed.version
+            at = await _news(socket, desk, feed, at, names)
+            if feed.controls != controls:
+                controls = feed.controls
+                await _send(socket, said({"type": "controls", "controls": controls}))
+        await _send(socket, said({"type": "gone", "error": feed.fault}))
+
+
+async def _news(socket: WebSocket, desk: Desk, feed: Feed, at: int, names: tuple[str, ...] | None) -> int:
+    """Send what came after number `at`; returns up to where."""
+    while at < feed.last:
+        if not feed.knows(at):  # so slow that what it missed is kept no more
+            message, at = await desk.feeds.look(lambda: feed.snapshot(names=names))
+        else:
+            message, at = await desk.feeds.look(partial(feed.since, at, names=names))
+        await _send(socket, message)
+    return at
+
+
+async def _send(socket: WebSocket, message: bytes) -> None:
+    await asyncio.wait_for(socket.send_text(message.decode()), SLOW)
