@@ -135,7 +135,7 @@ def test_a_stop_asked_of_one_rank_stops_both_and_both_go_on(rank: int, tmp_path:
     if rank:
         return
     shorter = {"by": "ada", "do": [{"do": "end_stage"}]}
-    (home / "requests").mkdir()
+    (home / "requests").mkdir(exist_ok=True)
     (home / "requests/enough.json").write_text(json.dumps(shorter))
     assert ranks(tmp_path, change=slow, steps=steps) == [0, 0], errors(tmp_path)
     assert numbers(home)[-1]["step"] == len(rows)
