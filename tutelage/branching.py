@@ -89,6 +89,10 @@ def _tree(node: Node, step: int, *, stage_name: str, sets: list[str]) -> tuple[d
     stage |= {"start": f"{stage_name}@{step}", "carry": carry, "until": _until(node, facts, step, sets)}
     stage["data"] = {name: _spec(node, spec) for name, spec in node.stage.data.items()}
     stage.pop("keep", None)
+    if stage.pop("on", None):
+        notes.append(
+            ("changed", "the rules under `on` are left out: the branch has none of the stages that they enter")
+        )
     if kept:
         stage["keep"] = {name: _spec(node, spec) for name, (_, spec) in kept.items()}
         notes.append(("kept", f"what must not be lost, under `keep`: {', '.join(kept)}"))

@@ -59,6 +59,9 @@ class Display:
         if "reused" in said:
             self.console.print(f"{stage}: there already ({said['reused']})", highlight=False, soft_wrap=True)
             return
+        if "unmade" in said:
+            self.console.print(f"{stage}: {said['unmade']}", highlight=False, soft_wrap=True)
+            return
         if "finished" in said:
             now["frac"] = 1.0
         what = self.line(now)

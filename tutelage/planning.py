@@ -14,9 +14,10 @@ from rich.console import Console
 
 from tutelage import sampling, sizing
 from tutelage.base.errors import UserError
+from tutelage.base.rules import entered_by
 from tutelage.base.spec import SourceSpec
 from tutelage.base.values import late_names
-from tutelage.core import artifact
+from tutelage.core import artifact, rules
 from tutelage.core.graph import Graph, Node, difference, methods_of
 from tutelage.core.record import read_lines
 from tutelage.core.run import settle
@@ -41,11 +42,26 @@ def plan(graph: Graph) -> list[dict[str, Any]]:
     """
     seen: dict[str, Any] = {}
     pending: dict[str, list[str]] = {}
+    done: set[str] = set()
+    unmade: list[str] = []
     rows = []
     for node in graph.nodes.values():
         row: dict[str, Any] = {"stage": node.name, "product": node.stage.product, "does": _does(node), "notes": []}
-        row |= _standing(node, pending)
         row["start"] = [_start_name(start) for start in node.starts()]
+        doors = entered_by({name: other.stage for name, other in graph.nodes.items()}).get(node.name, [])
+        row["on"] = [f"{rule}: enter {rule.enter}" for rule in node.stage.on]
+        stands = rules.standing(node, done=done, unmade=unmade)
+        if stands == "unmade":
+            node.state = row["state"] = rules.UNMADE
+            unmade.append(node.name)
+            rows.append(row)
+            continue
+        row |= _standing(node, pending)
+        if row["state"] in ("done", "reused"):
+            done.add(node.name)
+            taken = rules.entered(node.folder)
+            row["entered"] = f"{taken['stage']} ({taken['why']})" if taken else ""
+        row["only_if"] = [name for name in doors if name not in done]
         if row["state"] not in ("done", "reused"):
             try:
                 _forecast(node, row, seen)
@@ -75,6 +91,7 @@ def _start_name(start: Any) -> str:
 def _standing(node: Node, pending: dict[str, list[str]]) -> dict[str, Any]:
     """Whether a stage is there, begun, changed or new; `pending` collects those whose identity is not known yet."""
     graph, chosen = node.graph, [n for s in node.starts() if isinstance(s, dict) for n in s.get("best", [])]
+    chosen = [name for name in chosen if graph.nodes[name].state != rules.UNMADE]
     late = [name for name, _ in late_names(node.stage)]
     unmade = [n for n in [*chosen, *late] if graph.nodes[n].state not in ("done", "reused")]
     waits = list(dict.fromkeys([*unmade, *(n for name in node.inputs for n in pending.get(name, []))]))
@@ -286,9 +303,10 @@ def show(graph: Graph, console: Console) -> None:
         for line in lines(row):
             console.print(line, soft_wrap=True, markup=False)
     seconds = sum(row.get("seconds", 0.0) for row in rows)
+    some = " with every stage that a rule may enter" if any(row.get("only_if") for row in rows) else ""
     disk = sum(row.get("disk", {}).get("total", 0.0) for row in rows)
     free = next((row["disk"]["free"] for row in rows if "free" in row.get("disk", {})), None)
-    told = f"all: training {spell(seconds)} one stage after another, measuring apart; disk {size(disk)}"
+    told = f"all{some}: training {spell(seconds)} one stage after another, measuring apart; disk {size(disk)}"
     console.print(told + (f" of {size(free)} free" if free else ""), soft_wrap=True, markup=False)
     if free and disk > free:
         console.print("the disk is too small: free some, or lower save.keep", soft_wrap=True, style="red")
@@ -305,6 +323,12 @@ def lines(row: dict[str, Any]) -> list[str]:
             some = "all" if row["trained"] == row["params"] else _number(row["trained"])
             params = f", {_number(row['params'])}parameters" + (f", {some} trained" if "rows" in row else "")
         out.append(f"  start     {', '.join(row['start'])}{params}")
+    if row.get("only_if"):
+        out.append(f"  made if   {' or '.join(row['only_if'])} enters it")
+    if row.get("entered"):
+        out.append(f"  entered   {row['entered']}")
+    else:
+        out += [f"  on        {way}" for way in row["on"]]
     for name, found in row.get("data", {}).items():
         tokens = "tokens unknown" if found["tokens"] is None else f"{_number(found['tokens'])}tokens"
         exact = (
@@ -331,7 +355,8 @@ def _state(row: dict[str, Any]) -> str:
         return f"there already: {row['folder']}" + (f" ({', '.join(values)})" if values else "")
     if row["state"] == "partial":
         return f"goes on from step {row['done_steps']:,}"
-    return {"new": "new", "changed": "to be made anew"}.get(row["state"]) or f"({Later(row['waits'])})"
+    known = {"new": "new", "changed": "to be made anew", rules.UNMADE: rules.UNMADE}
+    return known.get(row["state"]) or f"({Later(row['waits'])})"
 
 
 def _training(row: dict[str, Any]) -> list[str]:

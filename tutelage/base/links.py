@@ -34,7 +34,8 @@ def outside(reference: str) -> bool:
 def visit(stage: Any, fn: Visit) -> None:
     """Call `fn(reference, path)` for every name of a stage in the raw stage and put what it returns in its place.
 
-    References stand in `start` (also in a list and under `best`), in `stage` of a source, and in any `of`. Inside what
+    References stand in `start` (also in a list and under `best`), in `stage` of a source, in `enter` of a rule, and in
+    any `of`. Inside what
     is not ours (a model's config, a generator's arguments) only the `of` of a value counts. A list returned in the
     place of one item of a list is spliced in.
     """
@@ -45,6 +46,9 @@ def visit(stage: Any, fn: Visit) -> None:
         for name, source in (stage.get(key) or {}).items() if isinstance(stage.get(key), dict) else ():
             if isinstance(source, dict):
                 _each(source, "stage", fn, (key, name, "stage"))
+    for i, rule in enumerate(stage.get("on") or []) if isinstance(stage.get("on"), list) else ():
+        if isinstance(rule, dict):
+            _each(rule, "enter", fn, ("on", i, "enter"))
     _ofs(stage, fn, ())
 
 
@@ -103,6 +107,8 @@ def references(stage: Stage | dict[str, Any], *, among: Collection[str] | None =
 
     def note(reference: str, path: tuple[Key, ...]) -> str:
         name = stage_of(reference)
+        if path[-1] == "enter":  # that one waits for this stage
+            return reference
         if name in among if among is not None else (name not in skip and not outside(name)):
             found[name] = None
         return reference
@@ -173,8 +179,9 @@ def resolve(stages: Map, arms: Mapping[str, list[str]]) -> None:
             found = [other for other in stages if other != name and fnmatchcase(other, base)]
             if not found:
                 raise UserError(f"{where}: no stage matches '{base}'; there is {', '.join(s for s in stages)}")
-            if path[-1] == "stage":
-                raise UserError(f"{where}: a source is one stage; '{base}' matches {', '.join(found)}")
+            if path[-1] in ("stage", "enter"):
+                one = "a source is" if path[-1] == "stage" else "a rule enters"
+                raise UserError(f"{where}: {one} one stage; '{base}' matches {', '.join(found)}")
             return [other + reference[len(base) :] for other in found]
 
         visit(stage, put)
@@ -215,8 +222,8 @@ def check(recipe: Recipe, tree: Map) -> None:
 
 
 def _must_be_stage(path: tuple[Key, ...]) -> bool:
-    """What `measure` is `of`, a source's `stage` and a choice; the `of` of a method may name kept data too."""
-    return path[-1] == "stage" or path[0] == "of" or "best" in path
+    """What `measure` is `of`, a source's `stage`, what a rule enters and a choice; the `of` of a method may name kept data too."""
+    return path[-1] in ("stage", "enter") or path[0] == "of" or "best" in path
 
 
 def _edits(a: str, b: str) -> int:

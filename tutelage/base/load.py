@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tutelage.base import values
+from tutelage.base import rules, values
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.expand import expand
 from tutelage.base.links import WORDS, at, check, order, references
@@ -44,6 +44,7 @@ def load(recipe: str | Path | Mapping[str, Any] | Recipe, *, sets: Sequence[str]
         raise UserError(explain(error, tree)) from error
     check(found, tree)
     values.check_sources(found, tree)
+    rules.check(found, tree)
     return lengths(found)
 
 

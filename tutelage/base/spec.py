@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -14,6 +14,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
+    create_model,
     field_serializer,
     field_validator,
     model_validator,
@@ -204,6 +205,49 @@ class SteeringSpec(Strict):
     replay: bool = Field(False, description="policies only follow; what they did stands under `actions`")
 
 
+class RuleSpec(Waiting):
+    """A way out of a training stage: while `signal` is above or below a bound, the stage ends and `enter` is made."""
+
+    signal: str | None = Field(None, description="a measure (`forgetting/prose`) or a number of a step (`loss`)")
+    above: float | None = Field(None, description="holds while the signal is above it")
+    below: float | None = Field(None, description="holds while the signal is below it")
+    otherwise: bool = Field(False, description="taken when the stage ends and no other rule held")
+    enter: str = Field(description="the stage that is made then; it starts from this one, or from a later one")
+
+    @model_validator(mode="after")
+    def _one_sense(self) -> RuleSpec:
+        bounds = [key for key in ("above", "below") if getattr(self, key) is not None]
+        if self.otherwise and (self.signal or bounds or self.times > 1):
+            raise ValueError("`otherwise` asks for nothing: write {otherwise: true, enter: stage}")
+        if not self.otherwise and not (self.signal and bounds):
+            raise ValueError(
+                "a rule is {signal: name, above: number (or below), enter: stage}, or {otherwise: true, enter: stage}"
+            )
+        return self
+
+    @property
+    def times(self) -> int:
+        """How many measurements (or steps) in a row it must hold."""
+        return int(getattr(self, "for"))
+
+    def __str__(self) -> str:
+        if self.otherwise:
+            return "otherwise"
+        bounds = {"above": self.above, "below": self.below}
+        said = [f"{key} {b if isinstance(b, Late) else f'{b:g}'}" for key, b in bounds.items() if b is not None]
+        return f"{self.signal} {' and '.join(said)}" + (f", {self.times} times in a row" if self.times > 1 else "")
+
+
+if TYPE_CHECKING:
+
+    class Rule(RuleSpec):
+        pass
+else:  # `for` is a word of the language, and so no name in a class's body
+    Rule = create_model(
+        "Rule", __base__=RuleSpec, **{"for": (int, Field(1, ge=1, description="measurements (or steps) in a row"))}
+    )
+
+
 class Stage(Waiting):
     """One stage: trains `until`, or `apply`s a transformation, or `make`s data, or `measure`s a table."""
 
@@ -242,6 +286,7 @@ class Stage(Waiting):
     measure: list[Entry] | None = Field(None, description="probes; makes a table")
     of: list[str] | None = Field(None, description="with `measure`: the stages measured, `code--*` allowed")
     engine: EngineSpec = Field(default_factory=EngineSpec)
+    on: list[Rule] = Field(default_factory=list, description="ways out: a signal ends the stage and enters another")
 
     @model_validator(mode="after")
     def _one_product(self) -> Stage:

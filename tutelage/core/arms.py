@@ -25,7 +25,7 @@ def groups(
     """
     found: dict[str, list[Node]] = {}
     for node in graph.nodes.values():
-        if node.stage.until is not None:
+        if node.stage.until is not None and stages[node.name]["state"] != "not entered":
             found.setdefault(json.dumps(node.stage.start, sort_keys=True, default=str), []).append(node)
     tables = []
     for nodes in (nodes for nodes in found.values() if len(nodes) > 1):

@@ -12,7 +12,7 @@ from typing import Any
 from tutelage.core.words import amount
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, EDGE = 168, 62, 46, 16, 8
-GLYPH = {"done": "✓", "reused": "↺", "failed": "✕", "partial": "…", "not run": "○"}
+GLYPH = {"done": "✓", "reused": "↺", "failed": "✕", "partial": "…", "not run": "○", "not entered": "–"}
 TEXT = 22  # characters of a name that a box holds
 
 
@@ -54,6 +54,10 @@ def draw(stages: dict[str, dict[str, Any]]) -> str:
             if source in places:
                 own = any(start.split("@")[0] == source for start in stage["start"])
                 parts.append(_arrow(corner(source), corner(name), weights=own))
+    for name, stage in stages.items():
+        for way in stage.get("on", []):
+            if way["enter"] in places:
+                parts.append(_way(corner(name), corner(way["enter"]), way))
     parts += [_box(name, stage, corner(name)) for name, stage in stages.items()]
     return "".join([*parts, "</svg>"])
 
@@ -81,6 +85,17 @@ def _arrow(start: tuple[float, float], end: tuple[float, float], *, weights: boo
     path = f"M{x:g} {y:g}C{x + bend:g} {y:g} {to_x - bend:g} {to_y:g} {to_x:g} {to_y:g}"
     head = f"M{to_x:g} {to_y - 4:g}l6 4l-6 4z"
     return f'<path class="edge{"" if weights else " data"}" d="{path}"/><path class="head" d="{head}"/>'
+
+
+def _way(start: tuple[float, float], end: tuple[float, float], way: dict[str, Any]) -> str:
+    """The way of a rule: drawn over the arrow, bold where it was taken, faint where it was not."""
+    x, y = start[0] + WIDTH, start[1] + HEIGHT / 2
+    to_x, to_y = end[0] - 6, end[1] + HEIGHT / 2
+    bend = max(20.0, (to_x - x) / 2)
+    kind = {True: "taken", False: "passed"}.get(way["taken"], "open")
+    said = f"{way['rule']}: enter {way['enter']} ({'not taken' if kind == 'passed' else kind})"
+    path = f"M{x:g} {y:g}C{x + bend:g} {y:g} {to_x - bend:g} {to_y:g} {to_x:g} {to_y:g}"
+    return f'<path class="way {kind}" d="{path}"><title>{escape(said)}</title></path>'
 
 
 def _said(stages: dict[str, dict[str, Any]]) -> str:

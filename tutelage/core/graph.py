@@ -25,7 +25,7 @@ from tutelage.core.record import read_lines
 NUMERICS = 1  # raised by hand when the core would give other numbers for the same recipe
 
 # What changes no number that the stage makes: measurement, saving, the machine.
-_APART = ("evals", "save", "keep", "start", "data", "of", "steering")
+_APART = ("evals", "save", "keep", "start", "data", "of", "steering", "on")
 _ENGINE_APART = ("micro", "device", "threads")
 _TRAINING = ("optim", "schedule", "mix", "curriculum", "step")  # slots that a stage which writes data never uses
 PASSAGE = 256  # tokens that an outside model writes at a time for `keep: self`, where rows have room for them
@@ -282,6 +282,7 @@ class Graph:
 
     def _literals(self, node: Node) -> dict[str, Any]:
         literals = node.stage.model_dump(mode="json", exclude=set(_APART))
+        literals |= self._watched(node) if node.stage.on else {}
         literals["engine"] = {k: v for k, v in literals["engine"].items() if k not in _ENGINE_APART}
         if literals["engine"]["quantize"] is None:  # as it was before there was such a key
             del literals["engine"]["quantize"]
@@ -305,8 +306,23 @@ class Graph:
         literals["root"] = node.root
         return literals
 
+    def _watched(self, node: Node) -> dict[str, Any]:
+        """What a stage's rules hang on: how and on what is measured, which changes nothing where there are no rules."""
+        spec = node.stage.evals
+        probes = [registry.make(entry, place=f"stages.{node.name}.evals.run") for entry in self._probes(node)]
+        return {
+            "on": [rule.model_dump(mode="json") for rule in node.stage.on],
+            "evals": spec.model_dump(mode="json", exclude={"run"}),
+            "probes": [{"use": m.name(), **m.model_dump(mode="json")} for m in probes],
+            "kept": {name: self._source_id(node, spec) for name, spec in node.kept().items()},
+        }
+
+    def _probes(self, node: Node) -> list[Any]:
+        return list(self.modality.probes if node.stage.evals.run is None else node.stage.evals.run)
+
     def _methods(self, node: Node) -> list[Method]:
         entries = [e for e in (node.stage.apply, node.stage.make, *(node.stage.measure or [])) if e is not None]
+        entries += self._probes(node) if node.stage.on else []
         if node.stage.until is not None and node.stage.objective is None and (config := self._config(node)):
             entries.append(self.modality.objective_of(config))
         own = [registry.make(entry, place=f"stages.{node.name}") for entry in entries]

@@ -89,6 +89,7 @@ def train(run: Run) -> None:
         if run.unsound:
             raise not_a_number(run)
         pace.decide(run)
+        run.rules.look({**numbers, "lr": view.signals["lr"]})
         if run.evals.due(clock.step) and not clock.reached():
             with pace.apart():
                 measure(run)

@@ -118,3 +118,4 @@ def measure(run: Run, *, final: bool = False) -> None:
     row = {"kind": "eval", "tick": clock.tick, "step": clock.step, "tokens": clock.tokens, "final": final}
     run.metrics.add({**row, "flops": clock.flops, **found})
     run.say({"measured": found["values"], "step": clock.step})
+    run.rules.measured(found["values"], final=final)

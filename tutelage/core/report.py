@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.core import arms, ledger, pages, words
+from tutelage.core import arms, ledger, pages, rules, words
 from tutelage.core.record import dumps, write_whole
 from tutelage.core.stage import columns
 from tutelage.core.transfer import dip, transfer
@@ -38,6 +38,8 @@ def gather(graph: Graph, *, failed: dict[str, str] | None = None) -> dict[str, A
     stages = {
         name: _stage(node, books[name], names[name], why=(failed or {}).get(name)) for name, node in graph.nodes.items()
     }
+    for name in rules.unmade(graph):
+        stages[name]["state"] = rules.UNMADE
     matrix = {name: dict(stage["final"]) for name, stage in stages.items() if stage["final"]}
     learned = {name: _learned(node, names) for name, node in graph.nodes.items()}
     before = {name: sum(stages[s]["tokens"] for s in node.lineage()) for name, node in graph.nodes.items()}
@@ -107,6 +109,7 @@ def _stage(node: Node, book: ledger.Ledger, names: dict[str, str], *, why: str |
         "fingerprint": node.fingerprint,
         "start": [start if isinstance(start, str) else json.dumps(start, default=str) for start in node.starts()],
         "inputs": node.inputs,
+        "on": _ways(node),
         "seed": node.seed,
         "parameters": ledger.parameters(artifact / "model") if artifact else None,
         "until": str(node.stage.until) if node.stage.until else None,
@@ -127,6 +130,22 @@ def _stage(node: Node, book: ledger.Ledger, names: dict[str, str], *, why: str |
         "table": json.loads(table.read_text(encoding="utf-8")) if table and table.exists() else None,
         "counts": json.loads(counts.read_text(encoding="utf-8")) if counts and counts.exists() else None,
     }
+
+
+def _ways(node: Node) -> list[dict[str, Any]]:
+    """The ways out of a stage: the rule, what it enters, and whether it was taken (None as long as the stage is at work)."""
+    taken = rules.entered(node.folder)
+    over = node.folder is not None and (node.folder / "artifact").exists()
+    return [
+        {
+            "rule": str(rule),
+            "enter": rule.enter,
+            "taken": (taken is not None and taken["rule"] == i) if over else None,
+            "tick": taken["tick"] if taken and taken["rule"] == i else None,
+            "why": taken["why"] if taken and taken["rule"] == i else "",
+        }
+        for i, rule in enumerate(node.stage.on)
+    ]
 
 
 def _state(node: Node, book: ledger.Ledger, why: str | None) -> tuple[str, str]:
@@ -312,6 +331,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
             lines.append(f"{name}: {stage['measuring']['kept']} of {stage['measuring']['planned']} measurements kept")
         if stage["steering"]:
             lines.append(f"{name}: steered, {len(stage['steering'])} entries in its journal")
+        lines += [f"{name}: {way['why']}: {way['enter']} was entered" for way in stage["on"] if way["taken"]]
         if stage["state"] == "failed":
             lines.append(f"{name}: failed: {stage['why']}")
     last = {(alarm["stage"], alarm["column"]): alarm for alarm in data["alarms"]}

@@ -20,6 +20,7 @@ import torch
 
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.values import late_bound
+from tutelage.core import rules
 from tutelage.core.execute import run_stage
 from tutelage.core.graph import Drift, Graph, Node, acts_of_people
 from tutelage.core.loop import Stopped
@@ -52,6 +53,7 @@ class Result:
     done: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
+    unmade: list[str] = field(default_factory=list)  # that no rule entered
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -67,7 +69,7 @@ def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | 
         while waiting or children:
             if wishes:
                 _hand_on(wishes[0], children, waiting, result)
-            ready = [node for node in waiting if all(name in finished for name in node.inputs)]
+            ready = _ready(waiting, finished, result, tell)
             for node in ready:
                 if not here and children and len(children) >= _room(jobs, [*(c.node for c in children.values()), node]):
                     break
@@ -96,6 +98,21 @@ def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | 
             elif not ready:
                 break
     return result
+
+
+def _ready(waiting: list[Node], finished: set[str], result: Result, tell: Tell) -> list[Node]:
+    """The stages that can be made now. Those that no rule entered are taken out, and what needs them."""
+    ready = []
+    for node in list(waiting):
+        stands = rules.standing(node, done=finished, unmade=result.unmade)
+        if stands == "ready":
+            ready.append(node)
+        elif stands == "unmade":
+            waiting.remove(node)
+            node.state = rules.UNMADE
+            result.unmade.append(node.name)
+            tell(node.name, {"unmade": rules.UNMADE})
+    return ready
 
 
 def _took(child: Child, result: Result, tell: Tell) -> None:
@@ -160,11 +177,13 @@ def tables(graph: Graph, node: Node) -> dict[str, dict[str, float]]:
 
 
 def best(graph: Graph, choice: dict[str, Any]) -> str:
-    """The stage with the best last measure, of `{best: [stages], by: metric, better: lower}`; `by: mean` is the mean
+    """The made stage with the best last measure, of `{best: [stages], by: metric, better: lower}`; `by: mean` is the mean
     of bits per byte over all columns."""
     by, sign = choice.get("by", "mean"), -1.0 if choice.get("better") == "higher" else 1.0
     scores: dict[str, float] = {}
     for name in choice["best"]:
+        if graph.nodes[name].state == rules.UNMADE:
+            continue
         rows = [r for r in read_lines(graph.nodes[name].artifact / "metrics.jsonl") if r["kind"] == "eval"]
         values = rows[-1]["values"] if rows else {}
         if by == "mean":

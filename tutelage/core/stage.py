@@ -26,6 +26,7 @@ from tutelage.core.measure import Evals, planned
 from tutelage.core.modality import Corpus, Modality
 from tutelage.core.pace import UNKNOWN
 from tutelage.core.record import Journal, Metrics, read_lines
+from tutelage.core.rules import Rules
 from tutelage.core.shard import World
 from tutelage.core.stream import Order, Source, Stream
 from tutelage.core.types import Batch
@@ -65,6 +66,7 @@ class Run:
     corpora: Corpora
     standing: standing.Standing
     evals: Evals = field(init=False)  # once the length of the stage is known
+    rules: Rules = field(init=False)  # once it is known what of them was counted
     metrics: Metrics = field(init=False)  # once it is known whether rows go on from a checkpoint
     extra: dict[str, nn.Module] = field(default_factory=dict)  # parts that methods own
     wrapped: dict[str, tuple[nn.Module, Method, nn.Module]] = field(default_factory=dict)  # wrapper, owner, layer
@@ -307,6 +309,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
     micro.begin(run)
     checkpoint.restore(run, saved)
     steer.prepare(run)
+    run.rules = Rules(run)
     return run
 
 
