@@ -43,7 +43,8 @@ COURSES: dict[str, dict[str, Any]] = {
                     at(7, "mix", weights={})]
     },
     "going back": {
-        "actions": [at(3, "save"), at(5, "rollback", to=3), at(5, "set", path="engine.clip", to=0.5), at(8, "rollback", to="last", skip=True)]
+        "actions": [at(3, "save"), at(5, "rollback", to=3), at(5, "set", path="engine.clip", to=0.5),
+                    at(8, "rollback", to="last", skip=True)]
     },
     "the last fall": {
         "schedule": {"use": "schedule/wsd", "warm": "0step", "cooldown": "10%"},
