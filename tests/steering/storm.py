@@ -75,8 +75,33 @@ class Storm:
         tick, step, mlp = stage.clock.tick, stage.clock.step, "*layers.0.mlp*"
         frozen = not any("layers.0.mlp" in name for name in stage.engine.params)
         kind = rng.choice(
-            "lr base clip decay scale mix unmix add drop skip freeze unfreeze reset save eval sample step step step "
-            "extend rollback branch note undo pause".split()
+            [
+                "lr",
+                "base",
+                "clip",
+                "decay",
+                "scale",
+                "mix",
+                "unmix",
+                "add",
+                "drop",
+                "skip",
+                "freeze",
+                "unfreeze",
+                "reset",
+                "save",
+                "eval",
+                "sample",
+                "step",
+                "step",
+                "step",
+                "extend",
+                "rollback",
+                "branch",
+                "note",
+                "undo",
+                "pause",
+            ]
         )
         rate = 10 ** rng.uniform(-4, -2)
         if kind in ("lr", "base"):
