@@ -176,6 +176,24 @@ def bench(
 
 
 @app.command()
+def mcp(
+    http: Annotated[int | None, typer.Option(help="on http://127.0.0.1:PORT/mcp with tokens, not on stdio")] = None,
+    name: Annotated[str, typer.Option("--as", help="on stdio: the agent's name")] = "agent",
+    scope: Annotated[
+        str, typer.Option(help="on stdio: read, steer (requests, tries), admin (starting runs too)")
+    ] = "steer",
+    runs: RunsOption = RUNS,
+) -> None:
+    """Let agents steer: an MCP server of the runs folder."""
+    from tutelage.server.mcp import serve_http, serve_stdio
+
+    if http is None:
+        serve_stdio(runs, name=name, scope=scope)
+    else:
+        serve_http(runs, port=http, say=lambda text: console.print(text, soft_wrap=True, markup=False))
+
+
+@app.command()
 def agent(
     stage: StageArg,
     endpoint: Annotated[str, typer.Option(help="OpenAI-compatible: http://127.0.0.1:8000/v1")],

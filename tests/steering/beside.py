@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.toy import graph
 from tutelage import steering
+from tutelage.base import load
 from tutelage.core.run import run_graph
 
 ONE = "runs/toy/one/1"
@@ -29,6 +30,8 @@ class Beside:
 
         self.runs, self.folder = folder / "runs", folder / ONE
         self._graph = graph(folder, steps=steps, change=change)
+        (self.runs / "toy").mkdir(parents=True, exist_ok=True)  # as the command leaves it, for branches
+        (self.runs / "toy" / "recipe.yaml").write_text(load.dump(self._graph.recipe))
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
