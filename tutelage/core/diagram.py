@@ -6,6 +6,7 @@ it for what is a longest path and a sum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -13,6 +14,7 @@ from tutelage.core.words import amount
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, EDGE = 168, 62, 46, 16, 8
 GLYPH = {"done": "✓", "reused": "↺", "failed": "✕", "partial": "…", "not run": "○", "not entered": "–"}
+GLYPH |= {"running": "▶", "paused": "‖", "stopped": "…", "finished": "✓"}  # of a stage that somebody looks at live
 TEXT = 22  # characters of a name that a box holds
 
 
@@ -32,8 +34,11 @@ def layers(stages: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
     return places
 
 
-def draw(stages: dict[str, dict[str, Any]]) -> str:
-    """Boxes with name, product, tokens and state; arrows from inputs, dashed where only data are taken."""
+def draw(stages: dict[str, dict[str, Any]], *, link: Callable[[str], str] | None = None, here: str = "") -> str:
+    """Boxes with name, product, tokens and state; arrows from inputs, dashed where only data are taken.
+
+    With `link` each box leads to where it says; the stage `here` is marked. A stage's `shown` stands in its name's place.
+    """
     places = layers(stages)
     tall = 1 + max((row for _, row in places.values()), default=0)
     counts: dict[int, int] = {}
@@ -48,7 +53,8 @@ def draw(stages: dict[str, dict[str, Any]]) -> str:
     wide = 2 * EDGE + len(counts) * (WIDTH + GAP_X) - GAP_X
     high = 2 * EDGE + tall * (HEIGHT + GAP_Y) - GAP_Y
     size = f'width="{wide}" height="{high:.0f}" viewBox="0 0 {wide} {high:.0f}"'
-    parts = [f'<svg role="img" aria-label="{escape(_said(stages))}" class="graph" {size}>']
+    role = "group" if link else "img"  # what is inside an image cannot be reached
+    parts = [f'<svg role="{role}" aria-label="{escape(_said(stages))}" class="graph" {size}>']
     for name, stage in stages.items():
         for source in stage["inputs"]:
             if source in places:
@@ -58,17 +64,20 @@ def draw(stages: dict[str, dict[str, Any]]) -> str:
         for way in stage.get("on", []):
             if way["enter"] in places:
                 parts.append(_way(corner(name), corner(way["enter"]), way))
-    parts += [_box(name, stage, corner(name)) for name, stage in stages.items()]
+    for name, stage in stages.items():
+        drawn = _box(name, stage, corner(name), here=name == here)
+        parts.append(f'<a href="{escape(link(name))}">{drawn}</a>' if link else drawn)
     return "".join([*parts, "</svg>"])
 
 
-def _box(name: str, stage: dict[str, Any], corner: tuple[float, float]) -> str:
+def _box(name: str, stage: dict[str, Any], corner: tuple[float, float], *, here: bool) -> str:
     x, y = corner
-    shown = name if len(name) <= TEXT else name[: TEXT - 1] + "…"
+    shown = stage.get("shown", name)
+    shown = shown if len(shown) <= TEXT else shown[: TEXT - 1] + "…"
     size = f"{amount(stage['tokens'])} tokens" if stage["tokens"] else stage["until"] or ""
     made = " · ".join(part for part in (stage["product"], size) if part)
     state = f"{GLYPH.get(stage['state'], '')} {stage['state']}"
-    kind = escape(stage["state"].replace(" ", "-"))
+    kind = escape(stage["state"].replace(" ", "-")) + (" here" if here else "")
     return (
         f'<g class="node {kind}"><title>{escape(name)}: {escape(state)}</title>'
         f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="7"/>'

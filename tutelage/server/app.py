@@ -134,7 +134,10 @@ def serve(
             "Or leave --host out and come through an ssh tunnel"
         )
     root = "/" + root_path.strip("/") if root_path.strip("/") else ""
+    from tutelage.server.page import mount  # the API alone needs no NiceGUI
+
     app = build(runs, gate=gate, root_path=root)
+    mount(app)
     sock = _bound(host, port)
     port = sock.getsockname()[1]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}{root}"

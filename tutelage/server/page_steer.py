@@ -1,0 +1,330 @@
+"""The actions panel, made from what the trainer says can be steered now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nicegui import ui
+
+from tutelage.core.words import number, percent
+from tutelage.server.page_act import BACK, SKIP, Ask, act, back_to_before
+from tutelage.server.page_bits import box, button, field, text
+from tutelage.server.page_panel import Panel
+from tutelage.server.page_words import plain, spell
+
+
+class Steer(Panel):
+    title = "Steer"
+
+    def build(self) -> None:
+        with box("grid2"):
+            with box("pile wide"):
+                self.waiting = box("", "section", label="waiting for a person")
+                with box("card", "section", label="values"):
+                    text("Values", tag="h3")
+                    text("Each change shows what it would do before it is sent.", "soft small")
+                    self.values = box()
+                with box("card pile", "section", label="mixture"):
+                    text("Mixture", tag="h3")
+                    self.mixture = box("pile")
+                with box("card pile", "section", label="parts of the model"):
+                    text("Parts of the model", tag="h3")
+                    self.parts = box("pile")
+            with box("pile wide"):
+                with box("card pile", "section", label="going back"):
+                    text("Going back", tag="h3")
+                    self.back = box("pile")
+                with box("card pile", "section", label="the stage"):
+                    text("The stage", tag="h3")
+                    self._stage()
+                with box("card pile", "section", label="data"):
+                    text("Data", tag="h3")
+                    self._data()
+                with box("card pile", "section", label="who may steer"):
+                    text("Who may steer", tag="h3")
+                    self.rules = box("pile")
+
+    def ask(
+        self, do: list[dict[str, Any]], *, title: str, says: str = "", options: dict[str, str] | None = None
+    ) -> Any:
+        return Ask(self.viewer, do, title=title, says=says, options=options).open()
+
+    def update(self) -> None:
+        """Build anew only what changed, so that what somebody is typing stays."""
+        live = self.viewer.live
+        now = live.controls
+        self._once(
+            "values",
+            [live.live, *({k: v for k, v in t.items() if k not in ("now", "groups")} for t in now["targets"])],
+            self.values,
+            self._values,
+        )
+        self._once("mix", [sorted(live.shares()), live.live], self.mixture, self._mixture)
+        self._once("parts", now["modules"], self.parts, self._parts)
+        self._once("waiting", now["waiting"], self.waiting, self._waiting)
+        undoable = [e["id"] for e in live.entries if e.get("state") == "applied"][-4:]
+        self._once("back", [now["saves"], undoable], self.back, self._back)
+        self._once("rules", [now["locked"], now["rules"]], self.rules, self._rules)
+        for path, label in self.used.items():
+            label.set_text(plain(live.target(path).get("now")))
+        for name, label in self.shares.items():
+            label.set_text(f"now {percent(live.shares().get(name))}")
+
+    used: dict[str, Any]
+    shares: dict[str, Any]
+
+    def _once(self, key: str, what: Any, place: Any, make: Any) -> None:
+        if not hasattr(self, "made"):
+            self.made: dict[str, Any] = {}
+            self.used, self.shares = {}, {}
+        if key in self.made and self.made[key] == what:
+            return
+        self.made[key] = what
+        place.clear()
+        with place:
+            make()
+
+    # -- what is steered --------------------------------------------------------------------------------------------
+
+    def _values(self) -> None:
+        self.used = {}
+        targets = self.viewer.live.controls["targets"]
+        if not targets:
+            text(
+                "Nothing can be set: the stage is not running." if not self.viewer.live.live else "Nothing to set.",
+                "soft",
+            )
+        for target in targets:
+            with box("control"):
+                with box("says"):
+                    text(target["path"], "strong")
+                    text(str(target.get("says") or ""), "soft small")
+                with box():
+                    self.used[target["path"]] = text(plain(target["now"]), "strong num")
+                    text(_bounds(target), "soft small")
+                button(
+                    "Change …",
+                    lambda t=target: self._change(self.viewer.live.target(t["path"]) or t),
+                    "tiny",
+                    label=f"change {target['path']}",
+                )
+
+    async def _change(self, target: dict[str, Any]) -> None:
+        """Type a value, then see what it does."""
+        path = target["path"]
+        with self.viewer.root, ui.dialog() as dialog, box("t-dialog pile wide"):
+            dialog.on("hide", dialog.delete)
+            text(f"Change {path}", tag="h2")
+            text(f"{target.get('says') or ''} Now {plain(target['now'])}. {_bounds(target)}", "soft", "p")
+            value = field("New value", plain(target["now"])).props("autofocus inputmode=decimal")
+            wrong = text("", "bad small")
+
+            async def further() -> None:
+                to = number(value.value)
+                low, high = number(target.get("low")), number(target.get("high"))
+                if to != to or to < low or to > high:
+                    wrong.set_text(f"A number is needed, {_bounds(target) or 'any'}.")
+                    return
+                dialog.close()
+                await self.ask(
+                    [{"do": "set", "path": path, "to": to}], title=f"{path}: {plain(target['now'])} → {plain(to)}"
+                )
+
+            value.on("keydown.enter", further)
+            with box("line wrap"):
+                for by in (0.5, 0.8, 1.25, 2.0):
+                    button(f"× {by:g}", lambda by=by: value.set_value(f"{number(target['now']) * by:.6g}"), "tiny")
+            with box("line").style("justify-content: flex-end"):
+                button("Cancel", dialog.close, "plain")
+                button("See what it does", further, "main")
+        dialog.open()
+
+    def _mixture(self) -> None:
+        self.shares = {}
+        mix = self.viewer.live.shares()
+        if not mix:
+            text("Not known before the stage runs.", "soft")
+            return
+        fields = {}
+        for name, share in mix.items():
+            with box("line"):
+                text(name, "grow cut").tooltip(name)
+                self.shares[name] = text("", "soft small")
+                fields[name] = field("share", f"{100 * number(share):.4g}").props('suffix="%"').style("width: 7rem")
+                fields[name].props["aria-label"] = f"share of {name}, percent"
+
+        async def send() -> None:
+            shares = {name: number(one.value) / 100 for name, one in fields.items()}
+            if any(not share >= 0 for share in shares.values()) or not sum(shares.values()) > 0:
+                self.viewer.say("Shares are numbers, 0 or more, not all zero", "bad")
+                return
+            await self.ask(
+                [{"do": "mix", "weights": shares}],
+                title="A new mixture",
+                says="Shares are scaled so that they sum to one.",
+            )
+
+        with box("line wrap"):
+            button("See what it does", send, "tiny")
+            button(
+                "Give back to the method",
+                lambda: self.ask([{"do": "mix", "weights": {}}], title="The method's own mixture"),
+                "tiny plain",
+            )
+
+    def _parts(self) -> None:
+        modules = self.viewer.live.controls["modules"]
+        if not modules:
+            text("Not known before the stage runs.", "soft")
+            return
+        names = {m["name"]: f"{m['name']}{' · frozen' if m.get('frozen') else ''}" for m in modules}
+        chosen = (
+            ui.select(names, multiple=True, label="Blocks")
+            .props("outlined dense use-chips")
+            .classes("w-full")
+            .style("width: 100%")
+        )
+
+        async def do(what: str, title: str, says: str) -> None:
+            if not chosen.value:
+                self.viewer.say("Choose blocks first", "warn")
+                return
+            await self.ask([{"do": what, "modules": list(chosen.value)}], title=title, says=says)
+
+        frozen = "They keep their optimizer state and are not trained until they are unfrozen."
+        with box("line wrap"):
+            button("Freeze", lambda: do("freeze", "Freeze blocks", frozen), "tiny")
+            button("Unfreeze", lambda: do("unfreeze", "Unfreeze blocks", "They train on from here."), "tiny")
+            fresh = "Weights as a fresh model has them; what these blocks learned is gone."
+            button("Reset …", lambda: do("reset", "Reset blocks", fresh), "tiny risk")
+
+    # -- going back and what waits ----------------------------------------------------------------------------------
+
+    def _back(self) -> None:
+        live = self.viewer.live
+        done = [e for e in live.entries if e.get("state") == "applied" and (e.get("undo") or back_to_before(e))][-4:]
+        undo = self.viewer.tabs.undo
+        for entry in reversed(done):
+            with box("entry pile tight"):
+                text(f"tick {entry['tick']}: {entry['by']}, {spell(entry['do'])}", "small")
+                with box("line wrap"):
+                    if entry.get("undo"):
+                        button("Undo from now on", lambda e=entry: undo(e["id"], weights=False), "tiny")
+                    if back_to_before(entry):
+                        back = lambda e=entry: undo(e["id"], weights=True)  # noqa: E731
+                        button("Back to the weights before it …", back, "tiny risk")
+        for save in reversed(live.controls["saves"][-4:]):
+            title = f"Back to the weights of tick {save['tick']:,}"
+            with box("line ends"):
+                text(f"save of tick {save['tick']:,}{' · kept' if save.get('kept') else ''}", "small")
+                do = [{"do": "rollback", "to": save["tick"]}]
+                button(
+                    f"{title} …",
+                    lambda d=do, t=title: self.ask(d, title=t, says=BACK["rollback"], options=SKIP),
+                    "tiny risk",
+                )
+        if not done and not live.controls["saves"]:
+            text("No save and no action yet.", "soft")
+
+    def _waiting(self) -> None:
+        for request in self.viewer.live.controls["waiting"]:
+            id = str(request.get("id"))
+            with box("card pile").style("margin-bottom: .2rem; border-color: var(--warn)"):
+                text("Waits for a person", "warn strong", "h3")
+                text(f"{request.get('by')} asks: {spell(request.get('do') or [])}")
+                text(str(request.get("why") or "no reason given"), "soft small")
+                with box("line wrap"):
+                    button(
+                        "Approve",
+                        lambda i=id: act(self.viewer, [{"do": "approve", "id": i}], title="Approve"),
+                        "tiny main",
+                    )
+                    button("Refuse", lambda i=id: act(self.viewer, [{"do": "refuse", "id": i}], title="Refuse"), "tiny")
+
+    def _rules(self) -> None:
+        now = self.viewer.live.controls
+        locked = "agent" in now["locked"] or "policy" in now["locked"]
+        text(
+            "Agents and policies are refused now." if locked else "Persons, then agents, then policies.",
+            "warn" if locked else "soft small",
+        )
+        for actor, rule in now["rules"].items():
+            text(f"{actor}: {plain(rule)}", "small")
+        do = {"do": "unlock" if locked else "lock", "actors": ["agent", "policy"]}
+        says = (
+            "They may ask again." if locked else "Everything that agents and policies ask for is refused from now on."
+        )
+        title = "Let agents and policies steer" if locked else "Stop agents and policies"
+        button(title, lambda: self.ask([do], title=title, says=says), "tiny" if locked else "tiny risk")
+
+    # -- the rest ---------------------------------------------------------------------------------------------------
+
+    def _stage(self) -> None:
+        with box("line wrap"):
+            button("Save now", lambda: act(self.viewer, [{"do": "save"}], title="Save"), "tiny")
+            button("Measure now", lambda: act(self.viewer, [{"do": "eval"}], title="Measure"), "tiny")
+            button("One step, then pause", lambda: act(self.viewer, [{"do": "step", "n": 1}], title="One step"), "tiny")
+        with box("line"):
+            until = field("New end, such as 2Mtok or 500step", classes="grow")
+            button(
+                "Extend",
+                lambda: self.ask([{"do": "extend", "until": until.value}], title=f"A new end: {until.value}"),
+                "tiny",
+            )
+        with box("line"):
+            after = field("End after, such as 100step (empty: now)", classes="grow")
+            decay = ui.checkbox("with a last decay").props("dense")
+
+            async def end() -> None:
+                do = {"do": "end_stage", "decay": bool(decay.value)} | ({"after": after.value} if after.value else {})
+                await self.ask([do], title="End the stage", says="It is published and the next one begins.")
+
+            button("End …", end, "tiny risk")
+        with box("line"):
+            remark = field("A remark for the journal", classes="grow")
+            button("Note", lambda: act(self.viewer, [{"do": "note", "text": remark.value}], title="Note"), "tiny")
+
+    def _data(self) -> None:
+        with box("line"):
+            source = field("Source", classes="grow")
+            rows = field("Rows").style("width: 6rem")
+
+            async def skip() -> None:
+                many = int(number(rows.value)) if number(rows.value) == number(rows.value) else 0
+                await self.ask(
+                    [{"do": "skip_data", "source": source.value, "rows": many}], title=f"Go past {many} rows"
+                )
+
+            button("Skip …", skip, "tiny risk")
+            drop = "Its share goes to the others."
+            button(
+                "Drop …",
+                lambda: self.ask([{"do": "drop_source", "name": source.value}], title="Drop a source", says=drop),
+                "tiny risk",
+            )
+        with box("line wrap"):
+            name = field("Name of a new source").style("flex: 1 1 8rem")
+            path = field("Path, as under data:").style("flex: 2 1 10rem")
+            share = field("Share, %").style("width: 6rem")
+
+            async def add() -> None:
+                do = {
+                    "do": "add_source",
+                    "name": name.value,
+                    "source": {"path": path.value},
+                    "weight": number(share.value) / 100,
+                }
+                await self.ask(
+                    [do],
+                    title=f"Add the source {name.value}",
+                    says="It is tokenized between two steps; that may take a while.",
+                )
+
+            button("Add …", add, "tiny")
+
+
+def _bounds(target: dict[str, Any]) -> str:
+    low, high = target.get("low"), target.get("high")
+    if low is None and high is None:
+        return ""
+    return f"from {plain(low) if low is not None else 'any'} to {plain(high) if high is not None else 'any'}"
