@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.server import folders
+from tests.server.apps import client, served  # noqa: F401  fixtures
 from tutelage.server.auth import Tokens
 
 CHROMIUM = Path("/usr/bin/chromium")

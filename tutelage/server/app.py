@@ -40,7 +40,7 @@ def build(
 ) -> FastAPI:
     """The application over a runs folder; `app.state.desk` is what it holds.
 
-    gate: who may come in; by default readers on this machine, and tokens.
+    root_path: where a proxy shows it; gate: who may come in, by default readers on this machine, and tokens.
     """
     gate = gate or Gate(runs, hosts=[], origins=[])
     desk = Desk(runs, gate, every=every, keep=keep)
@@ -55,13 +55,12 @@ def build(
         version=tutelage.__version__,
         description="Runs, live; and requests to running stages (docs/serving.md, docs/steering.md).",
         lifespan=life,
-        root_path=root_path,
     )
     app.state.desk = desk
     _errors(app)
     app.include_router(doors(gate))
     app.include_router(routes(desk))
-    app.add_middleware(Guard, gate=gate)
+    app.add_middleware(Guard, gate=gate, root=root_path)
     return app
 
 
@@ -164,6 +163,7 @@ def _bound(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
+        sock.listen(2048)  # from now on nobody is refused: the URL is told before the first answer can be given
     except (OSError, OverflowError) as error:
         sock.close()
         raise UserError(f"{host} port {port} cannot be listened on: {error}; take another with --port") from error

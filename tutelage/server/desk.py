@@ -12,6 +12,7 @@ from tutelage.base.errors import UserError
 from tutelage.server.auth import PERSONS, Denied, Gate, Who
 from tutelage.server.feeds import EVERY, KEEP, Feeds
 from tutelage.server.work import Jobs
+from tutelage.watching import NAME
 
 LOOK = 0.1  # seconds between two looks for an answer
 WAIT = 60.0  # seconds that an answer is waited for at most
@@ -107,6 +108,9 @@ class Desk:
         """A branch as a run of its own. A live stage makes or marks the save first; starting a process is for admins."""
         self.gate.need(who, "admin" if action["run"] != "no" else "steer")
         self.gate.paced(self.gate.heavy, who, address)
+        name = action["name"]
+        if not NAME.fullmatch(name) or (self.runs / name).exists():
+            raise UserError(f"branch: '{name}' is not the name of a new run in {self.runs.name}")
         asked = {"do": "branch", **{key: value for key, value in action.items() if value is not None}}
         if await self.feeds.look(lambda: steering.live(folder)):
             id = await self.act(who, folder, [asked], why=why, address=address)

@@ -9,6 +9,7 @@ the last tick that stays, and get what follows it again.
 from __future__ import annotations
 
 import bisect
+import logging
 import threading
 import time
 import zlib
@@ -31,6 +32,7 @@ PAGE = 5000  # rows in one message at most
 LOOK = 2.0  # seconds between two looks whether a stage's process lives
 TEXT = 4000  # characters of a sample in an event
 USUAL = ("loss", "lr", "grad_norm", "tokens_per_second", "weights/", "eval/")  # series that a viewer gets unasked
+log = logging.getLogger("tutelage.server")
 Points = dict[str, list[Any]]
 T = TypeVar("T")
 
@@ -120,6 +122,9 @@ class Feed:
             fault = ""
         except (UserError, OSError, ValueError) as error:
             fault = str(error)
+        except Exception as error:  # its viewers are told, and those of other stages do not notice
+            log.error("stage %s cannot be followed", self.folder, exc_info=error)
+            fault = f"{type(error).__name__}: {error}"
         if fault != self.fault:
             self.fault = fault
             self.version += 1

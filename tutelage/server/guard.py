@@ -36,13 +36,15 @@ _ON = (
 class Guard:
     """ASGI layer: lets in what the gate lets in, and puts who it is into `scope["state"]["who"]`."""
 
-    def __init__(self, app: ASGIApp, gate: Gate) -> None:
-        self.app, self.gate = app, gate
+    def __init__(self, app: ASGIApp, gate: Gate, root: str = "") -> None:
+        self.app, self.gate, self.root = app, gate, root
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        if self.root:
+            scope["root_path"] = self.root
         try:
             who = self.gate.check(scope)
             if int(Headers(scope=scope).get("content-length") or 0) > BODY:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from tutelage.server.feed import USUAL, Feed, said
 
 QUIET = 15.0  # seconds without news after which a viewer is told that all is well
 SLOW = 30.0  # seconds that a viewer may take for one message
-GONE, STOPS, BUSY = 4404, 1001, 1013
+GONE, STOPS, BUSY, FAILED = 4404, 1001, 1013, 1011
+
+log = logging.getLogger("tutelage.server")
 
 
 async def view(
@@ -35,18 +38,26 @@ async def view(
     tasks = (viewer, left, stops)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        code, why = (STOPS, "the server stops") if stops.done() else (GONE, "")
-        if viewer.done() and viewer.exception() is not None:
-            error = viewer.exception()
-            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}"
-            code = BUSY if isinstance(error, (TimeoutError, UserError)) else 1011
+        stopped = stops.done()
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks)
+    code, why = (STOPS, "the server stops") if stopped else _ended(viewer)
     if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
             await asyncio.wait_for(socket.close(code, why[:120]), 1.0)
+
+
+def _ended(viewer: asyncio.Task[None]) -> tuple[int, str]:
+    """Why a viewer is sent away, as a WebSocket says it."""
+    error = None if viewer.cancelled() else viewer.exception()
+    if error is None or isinstance(error, (WebSocketDisconnect, RuntimeError)):  # the stage, or the viewer, has gone
+        return GONE, ""
+    if isinstance(error, (UserError, TimeoutError)):
+        return BUSY, str(error) or "too slow"
+    log.error("a viewer's feed failed", exc_info=error)
+    return FAILED, "the server failed; its log says where"
 
 
 async def _left(socket: WebSocket) -> None:
