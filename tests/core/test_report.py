@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +15,7 @@ from rich.console import Console
 from tests.core.fabricate import CODE, DEMO, PROSE, REPLAY, demo, eval_row, graph_of, train_rows, write_stage
 from tutelage.core import diagram, ledger, pictures, report, transfer
 from tutelage.core.ledger import Point
+from tutelage.core.record import dumps
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -315,3 +318,59 @@ def test_five_seeds_of_forgetting_become_a_picture_of_its_own(tmp_path):
     pictures.forgetting_seeds(data, tmp_path / "forgetting.svg")
     text = (tmp_path / "forgetting.svg").read_text()
     assert text.startswith("<svg xmlns=") and "prefers-color-scheme" in text and "5 seeds" in text
+
+
+# -- a long stage -----------------------------------------------------------------------------------------------------
+
+
+READ = """
+import json, resource, sys
+from pathlib import Path
+from tutelage.core import ledger
+
+def held():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = held()
+book = ledger.read(Path(sys.argv[1]))
+grown = held() - before
+seconds = [point.seconds for point in book.curve("prose")]
+found = {"rows": len(book.train), "shares": book.train.shares(), "curve": book.train.curve(), "at": book.train.at(250_001)}
+print(json.dumps({"grown": grown, "seconds": seconds, "cost": book.cost(), **found}))
+"""
+
+
+@pytest.mark.slow
+def test_half_a_million_rows_are_summed_up_in_the_memory_of_a_few(tmp_path):
+    steps, folder = 500_000, tmp_path / "long"
+    write_stage(folder, [], done=False)
+    row = (
+        '{"kind":"train","tick":%d,"step":%d,"tokens":%d,"samples":%d,"epochs":0.1,"flops":%d,"loss":%s,'
+        '"lr":0.01,"length":60,"rows":2,"padding":0.25,"weights":{"a":%s,"b":0.5},"seconds":%s}\n'
+    )
+    with open(folder / "metrics.jsonl", "w") as handle:
+        for i in range(1, steps + 1):
+            loss, share = '"nan"' if i == 7 else "2.0", "0.5" if i % 2 else "1.5"
+            handle.write(row % (i, i, 100 * i, 2 * i, 1000 * i, loss, share, i % 300_000 / 100))  # resumed once
+            if i % 100_000 == 0:
+                handle.write(dumps(eval_row(i, {"prose": 1.0}, texts={"sample/0": "x" * 1000})) + "\n")
+    done = subprocess.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["grown"] < 16e6 < (folder / "metrics.jsonl").stat().st_size / 5
+    assert (found["rows"], found["cost"]["tokens"], found["cost"]["padding"]) == (
+        steps,
+        100 * steps,
+        pytest.approx(0.25),
+    )
+    assert found["shares"] == {"a": pytest.approx(1.0), "b": pytest.approx(0.5)}
+    assert found["cost"]["seconds"] == pytest.approx(2999.99 + 2000.0)
+    assert found["seconds"] == pytest.approx([1000.0, 2000.0, 2999.99, 3999.99, 4999.99])
+    assert 100 <= len(found["curve"]) <= 200 and found["curve"][-1] == [100 * steps, 2.0]
+    assert found["at"] == pytest.approx(2500.0, rel=1e-3)
+
+
+def test_a_loss_curve_is_thinned_by_means_of_neighbors(tmp_path):
+    book = ledger.read(write_stage(tmp_path / "s", train_rows(steps=500, tokens=500, loss=float)))
+    curve = book.train.curve()
+    assert len(curve) == 125 and curve[0] == [4, 2.5] and curve[-1] == [500, 498.5]
+    assert len(ledger.read(tmp_path / "s", until=150).train.curve()) == 150

@@ -100,12 +100,11 @@ def lineage(folder: Path) -> dict[str, float]:
         seen.add(name)
         if name not in places:
             raise UserError(f"{folder} starts from a stage that is not under {runs} any more, so its cost is unknown")
-        book = read(places[name])
-        rows = [row for row in book.train if step is None or row["step"] <= step]
-        if rows:
-            spent["tokens"] += words.number(rows[-1]["tokens"])
-            spent["flops"] += words.number(rows[-1]["flops"])
-            spent["seconds"] += book.seconds_at(rows[-1]["tick"])
+        train = read(places[name], until=step).train
+        if train.last:
+            spent["tokens"] += words.number(train.last["tokens"])
+            spent["flops"] += words.number(train.last["flops"])
+            spent["seconds"] += train.seconds
         queue += _starts(places[name])
     return spent
 

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from tutelage.base.clock import Span
-from tutelage.core.record import read_lines
+from tutelage.core.record import each_line, read_lines
+from tutelage.core.tally import Tally
 from tutelage.core.words import finite, number
 
 BITS = "bits_per_byte/"
 _FEW = re.compile(r"bits_per_byte@(\d+)/(.+)")  # of the first rows only: those that every measurement has
 _OURS = ("engine", "recipe")  # who writes to a journal without steering the run
-CURVE = 200  # points of a training curve that are kept
 
 
 class Point(NamedTuple):
@@ -39,17 +38,35 @@ class Ledger:
     """One stage's folder, read. Absent files are empty: a stage that was never begun has nothing."""
 
     folder: Path | None
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    train: Tally = field(default_factory=Tally)
+    evals: list[dict[str, Any]] = field(default_factory=list)  # measurements, without their texts
     journal: list[dict[str, Any]] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, dict[str, str]] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)  # of the newest measurement
+    _times: dict[float, float] = field(default_factory=dict)  # tick of a measurement: training seconds
 
-    @cached_property
-    def train(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row.get("kind") == "train"]
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in a row of the metrics."""
+        if row.get("kind") == "train":
+            self.train.add(row)
+            if self._times and number(row["tick"]) <= max(self._times):
+                self._times.clear()  # out of order: looked up in the tally
+        elif row.get("kind") == "eval":
+            self._say(row)
+            self.evals.append({key: value for key, value in row.items() if key != "texts"})
+            if self.train.last and number(self.train.last["tick"]) <= number(row["tick"]):
+                self._times[number(row["tick"])] = self.train.seconds
 
-    @cached_property
-    def evals(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row.get("kind") == "eval"]
+    def _say(self, row: dict[str, Any]) -> None:
+        """Keep what the model wrote when the stage began and when it was last asked, and what probes last said."""
+        when = "start" if row["step"] == 0 and not row.get("final") else "end"
+        self.words = {}
+        for key, text in row.get("texts", {}).items():
+            if key.startswith("sample/"):
+                self.samples.setdefault(key.removeprefix("sample/"), {})[when] = text
+            else:
+                self.words[key] = text
 
     @property
     def seed(self) -> int | None:
@@ -99,56 +116,24 @@ class Ledger:
 
     # -- cost -------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _elapsed(self) -> list[tuple[float, float]]:
-        """Tick and training seconds up to it. A row's own seconds begin anew when a stage is resumed."""
-        found, before, last = [], 0.0, 0.0
-        for row in self.train:
-            here = number(row.get("seconds", 0.0))
-            if here < last:
-                before += last
-            last = here
-            found.append((number(row["tick"]), before + here))
-        return found
-
     def seconds_at(self, tick: float) -> float:
-        return next((seconds for at, seconds in reversed(self._elapsed) if at <= tick), 0.0)
+        """Training seconds up to a tick; exact for that of a measurement."""
+        return self._times[tick] if tick in self._times else self.train.at(tick)
 
     def cost(self) -> dict[str, Any]:
         """Counts of the whole stage; seconds of measuring apart from those of training."""
-        last = self.train[-1] if self.train else {}
-        slots = sum(row["rows"] * row["length"] for row in self.train)
-        padded = sum(number(row["padding"]) * row["rows"] * row["length"] for row in self.train)
+        last, training = self.train.last, self.train.seconds
         inside = sum(number(row["seconds"]) for row in self.evals if not row.get("final"))
         final = sum(number(row["seconds"]) for row in self.evals if row.get("final"))
-        training = self._elapsed[-1][1] if self._elapsed else 0.0
         return {
             **{key: last.get(key, 0) for key in ("step", "tokens", "samples", "epochs")},
             "flops": last.get("flops", self.evals[-1]["flops"] if self.evals else 0),
             "seconds": training,
             "seconds_measuring": inside,
             "seconds_measuring_final": final,
-            "tokens_per_second": sum(_grown(self.train, "tokens")) / training if training else None,
-            "padding": padded / slots if slots else None,
+            "tokens_per_second": self.train.grown / training if training else None,
+            "padding": self.train.padded / self.train.slots if self.train.slots else None,
         }
-
-    def shares(self) -> dict[str, float]:
-        """Mean share of each source over the steps, by tokens."""
-        tokens = _grown(self.train, "tokens")
-        whole = sum(tokens)
-        names = dict.fromkeys(name for row in self.train for name in row.get("weights", {}))
-        if not whole:
-            return {}
-        return {
-            name: sum(t * number(r["weights"].get(name, 0)) for t, r in zip(tokens, self.train, strict=True)) / whole
-            for name in names
-        }
-
-    def loss_curve(self) -> list[list[float]]:
-        """Tokens and training loss, means over neighbors where there are more than can be seen."""
-        size = max(1, math.ceil(len(self.train) / CURVE))
-        parts = [self.train[i : i + size] for i in range(0, len(self.train), size)]
-        return [[number(p[-1]["tokens"]), sum(number(row["loss"]) for row in p) / len(p)] for p in parts]
 
     def measuring(self) -> dict[str, Any]:
         """How often was measured, what was planned, and the share of training time it took (the last one apart)."""
@@ -192,40 +177,25 @@ class Ledger:
             if finite(value) and value > 0
         ]
 
-    def texts(self) -> dict[str, dict[str, str]]:
-        """What the model wrote when the stage began and when it was last asked, by prompt."""
-        found: dict[str, dict[str, str]] = {}
-        for row in self.evals:
-            when = "start" if row["step"] == 0 and not row.get("final") else "end"
-            for key, text in row.get("texts", {}).items():
-                if key.startswith("sample/"):
-                    found.setdefault(key.removeprefix("sample/"), {})[when] = text
-        return found
 
-    def remarks(self) -> dict[str, str]:
-        """What a probe said in words, samples apart."""
-        texts = self.evals[-1].get("texts", {}) if self.evals else {}
-        return {key: text for key, text in texts.items() if not key.startswith("sample/")}
+def read(folder: Path | None, *, until: int | None = None) -> Ledger:
+    """Read a stage's folder (up to a step); the copies beside its artifact serve where the folder's own files are gone.
 
-
-def read(folder: Path | None) -> Ledger:
-    """Read a stage's folder; the copies beside its artifact serve where the folder's own files are gone."""
+    Metrics are summed up row by row: a long stage takes no more memory than a short one.
+    """
     if folder is None:
         return Ledger(None)
 
-    def lines(name: str) -> list[dict[str, Any]]:
+    def place(name: str) -> Path:
         own = folder / name
-        return read_lines(own if own.exists() else folder / "artifact" / name)
+        return own if own.exists() else folder / "artifact" / name
 
     path = folder / "stage.json"
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return Ledger(folder, lines("metrics.jsonl"), lines("journal.jsonl"), about)
-
-
-def _grown(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """How much a count grew at each row; what a rollback set back counts from there again."""
-    counts = [0.0, *(number(row[key]) for row in rows)]
-    return [max(0.0, after - before) for before, after in pairwise(counts)]
+    book = Ledger(folder, train=Tally(until), journal=read_lines(place("journal.jsonl")), about=about)
+    for row in each_line(place("metrics.jsonl")):
+        book.add(row)
+    return book
 
 
 def parameters(folder: Path) -> int | None:

@@ -220,3 +220,13 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     if mend and whole < len(data):
         os.truncate(path, whole)
     return [json.loads(line) for line in data[:whole].splitlines() if line.strip()]
+
+
+def each_line(path: Path) -> Iterator[dict[str, Any]]:
+    """The same rows one at a time, for files that grow with the steps of a stage: never more than a line in memory."""
+    if not path.exists():
+        return
+    with open(path, "rb") as handle:
+        for line in handle:
+            if line.endswith(b"\n") and line.strip():
+                yield json.loads(line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +10,7 @@ from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.links import references
 from tutelage.base.rules import entered_by
 from tutelage.base.spec import Rule
-from tutelage.core.record import read_lines
+from tutelage.core.record import each_line, read_lines
 from tutelage.core.words import finite
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ class Rules:
             self.taken = {"tick": line["tick"], **found[0]} if found else self.taken
         if self.rules and not run.fresh:
             world = run.engine.world
-            rows = read_lines(run.folder / "metrics.jsonl") if not world.rank else []
+            rows = each_line(run.folder / "metrics.jsonl") if not world.rank else iter(())
             self.held = world.agree(self._recounted(rows))
 
-    def _recounted(self, rows: list[dict[str, Any]]) -> list[int]:
+    def _recounted(self, rows: Iterator[dict[str, Any]]) -> list[int]:
         for row in rows:
             if row["tick"] and not row.get("final"):
                 self._count(row["values"] if row["kind"] == "eval" else row)

@@ -238,7 +238,7 @@ class Live:
         """The forgetting matrix's newest row; what was learned before comes first, the most lost at its head."""
         values = self.evals[-1]["values"] if self.evals else {}
         own = set(self.description().get("data") or {})
-        book, found = Ledger(None, self.evals), []
+        book, found = Ledger(None, evals=self.evals), []
         for key, value in values.items():
             if not key.startswith(BITS):
                 continue
