@@ -17,7 +17,7 @@ from tutelage.base.links import order, references
 from tutelage.base.method import Method
 from tutelage.base.spec import Recipe, SourceSpec, Stage, is_late
 from tutelage.base.values import unbound
-from tutelage.core import quantized
+from tutelage.core import hashes, quantized
 from tutelage.core.identity import code_id, file_id, weights_id
 from tutelage.core.modality import Modality
 from tutelage.core.record import read_lines
@@ -206,6 +206,7 @@ class Graph:
         """Fill in what the recipe leaves to us (samples of an outside model to keep) and order the stages."""
         recipe = recipe.model_copy(deep=True)
         graph = Graph(name, recipe, modality, runs)
+        hashes.remember(runs / ".data")
         graph._of_other_runs()
         for stage_name in list(recipe.stages):
             graph._keep_self(stage_name)

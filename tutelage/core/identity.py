@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.base import registry
+from tutelage.core import hashes
 
 HOUSE = "tutelage.methods."
 
@@ -26,8 +27,7 @@ def file_id(path: Path) -> str:
     """Hash of a file's content; of a folder's files, if it is one."""
     if path.is_dir():
         return hashlib.sha256("".join(p.name + file_id(p) for p in sorted(path.iterdir())).encode()).hexdigest()[:16]
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+    return hashes.digest(path, "sha256")[:16]
 
 
 @cache

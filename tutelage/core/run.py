@@ -20,7 +20,7 @@ import torch
 
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.values import late_bound
-from tutelage.core import rules
+from tutelage.core import hashes, rules
 from tutelage.core.execute import run_stage
 from tutelage.core.graph import Drift, Graph, Node, acts_of_people
 from tutelage.core.loop import Stopped
@@ -75,6 +75,8 @@ def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | 
                     break
                 waiting.remove(node)
                 settle(graph, node, drift=drift)
+                if not world.rank:
+                    hashes.flush(graph.runs / ".data")
                 world.wait()  # nobody begins a stage before everyone has seen whether it is there
                 _say_steered(node, tell)
                 if node.state in ("done", "reused"):

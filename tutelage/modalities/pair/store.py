@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import orjson
 
 from tutelage.base.errors import UserError
 from tutelage.base.spec import SourceSpec
-from tutelage.core import artifact
+from tutelage.core import artifact, hashes
 from tutelage.modalities.pair.images import Unusable, pixels
 from tutelage.modalities.text import imports, read
 from tutelage.modalities.text.fields import Shape, shape_of
@@ -272,12 +271,5 @@ def content_id(spec: SourceSpec, *, rows: Path | None = None) -> str:
             if isinstance(record, Record) and isinstance(one, str):
                 place = (rows or Path(record.file).parent) / one
                 if place.is_file():
-                    about = place.stat()
-                    total.update(_digest(str(place), about.st_size, about.st_mtime_ns))
+                    total.update(bytes.fromhex(hashes.digest(place)))
     return total.hexdigest()
-
-
-@functools.lru_cache(maxsize=1 << 20)
-def _digest(path: str, size: int, changed: int) -> bytes:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).digest()

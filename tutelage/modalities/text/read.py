@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ import orjson
 import zstandard
 
 from tutelage.base.errors import UserError, did_you_mean
+from tutelage.core import hashes
 from tutelage.modalities.text.tables import BROKEN, csv_rows, kind_of, open_packed, parquet_rows, short
 
 BLOCK = 8 << 20  # bytes of text in a unit of work
@@ -147,18 +146,11 @@ def _file(path: Path) -> File:
 
 
 def digest(file: File) -> str:
-    """Hash of a file's bytes; read once in a process as long as its size and time stay."""
+    """Hash of a file's bytes; not read again, also in later runs, as long as its size, times and inode stay."""
     try:
-        stat = file.path.stat()
-        return _digest(str(file.path), stat.st_size, stat.st_mtime_ns)
+        return hashes.digest(file.path)
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read ({error.strerror})") from None
-
-
-@lru_cache(maxsize=1 << 16)
-def _digest(path: str, size: int, time: int) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def blocks(files: Iterable[File], *, size: int = BLOCK) -> Iterator[Block]:
