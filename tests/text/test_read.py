@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 import re
+from pathlib import Path
 
 import datasets
 import orjson
@@ -228,3 +229,27 @@ def test_real_files_are_read_as_they_are():
     lines = data("gsm8k", "train.jsonl")
     assert [r.data for r in records_of(lines)] == [json.loads(line) for line in lines.read_text().splitlines()]
     assert len(records_of(data("humaneval", "HumanEval.jsonl.gz"))) == 164
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("roneneldan/TinyStories", "; a data set of the hub is written hub: roneneldan/TinyStories"),
+        ("./roneneldan/TinyStories", ""),
+        ("stories.jsonl", ""),
+        ("{here}/stories", ""),
+    ],
+)
+def test_a_hub_name_where_a_path_belongs_is_one_clear_line(path: str, hint: str, tmp_path: Path) -> None:
+    path = path.replace("{here}", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        read.find(path)
+    assert str(caught.value) == f"{path}: no such file or folder{hint}"
+
+
+def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="nobody/nothing: `datasets` cannot load it") as caught:
+        imports.content_id(SourceSpec(hub="nobody/nothing"))
+    assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -112,7 +113,10 @@ def find(paths: str | list[str]) -> tuple[list[File], list[str]]:
                 raise UserError(f"{given}: matches no file; check the pattern and the folder the command runs in")
         else:
             siblings = [str(p) for p in place.parent.iterdir()] if place.parent.is_dir() else []
-            raise UserError(f"{given}: no such file or folder{did_you_mean(str(place), siblings)}")
+            hint = did_you_mean(str(place), siblings)
+            if not hint and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given) and not place.parent.exists():
+                hint = f"; a data set of the hub is written hub: {given}"
+            raise UserError(f"{given}: no such file or folder{hint}")
         files += [_file(path) for path in found]
     unique = list({os.path.realpath(file.path): file for file in files}.values())
     if len(unique) < len(files):
