@@ -1,9 +1,9 @@
 """Training throughput beside Hugging Face's Trainer and a bare PyTorch loop: same model, batch and data, one thread.
 
-Interleaved: every round measures each system once, in a process of its own forked from one warm parent, so that the
-machine's drift hits all alike. Reported: median tokens/s over the rounds and, round by round, the ratio to each peer.
+By turns of a few steps, all systems alive at once (bench/turns.py). Reported: median tokens/s, and the medians of the
+ratios within rounds with their 95 % bootstrap intervals, by the clock on the wall and by the processor's.
 
-    python -m bench.peers.throughput            writes bench/results/throughput.json
+    nice -n 0 python -m bench.peers.throughput            adds an entry to bench/results/throughput.json
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import argparse
 import json
 import os
 import platform
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,14 +22,16 @@ from typing import Any
 import torch
 import transformers
 
+from bench.turns import Turn, append, race, ratios
 from tutelage import modalities
 from tutelage.base import load
+from tutelage.core.engine import Engine
 from tutelage.core.graph import Graph
-from tutelage.core.record import read_lines
 from tutelage.core.run import run_graph
 from tutelage.modalities.text import stdlib
 
-LENGTH, ROWS, WARM = 128, 8, 5
+LENGTH, ROWS = 128, 8
+MANY = 10**6  # steps: more than anybody is asked for
 SIZES: dict[str, dict[str, int]] = {
     "0.8M": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4},
     "5M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8},
@@ -54,27 +54,31 @@ def write_data(folder: Path, parts: int) -> list[str]:
     return files
 
 
-def ours(folder: Path, size: str, steps: int, parts: int) -> float:
-    """Seconds a step in Tutelage, with its metrics, journal and checkpoints on."""
+def ours(folder: Path, turn: Turn, *, size: str, parts: int) -> None:
+    """Tutelage, with its metrics and journal on; no checkpoint falls into a turn."""
+    step = Engine.step
+
+    def timed(self: Engine, *args: Any) -> dict[str, float]:
+        turn()
+        return step(self, *args)
+
+    Engine.step = timed  # type: ignore[method-assign]
     data = {f"part{i}": path for i, path in enumerate(write_data(folder, parts))}
     recipe = {"stages": {"one": {
         "start": config(size), "tokenizer": "bytes", "data": data, "length": LENGTH, "batch": f"{ROWS}sample",
-        "packing": "concat", "precision": "fp32", "until": f"{steps}step", "evals": {"every": "none", "run": []},
-        "optim": {"use": "optim/adamw", "lr": 1e-3}, "schedule": "schedule/constant",
+        "packing": "concat", "precision": "fp32", "until": f"{MANY}step", "evals": {"every": "none", "run": []},
+        "optim": {"use": "optim/adamw", "lr": 1e-3}, "schedule": "schedule/constant", "save": {"every": f"{MANY}step"},
     }}}  # fmt: skip
     graph = Graph.resolve(load.load(recipe), name="t", modality=modalities.find("text"), runs=folder / "runs")
-    result = run_graph(graph, only=None, jobs=0, drift="refuse", tell=lambda stage, said: None)
-    assert result.done, result
-    rows = [row for row in read_lines(graph.nodes["one"].folder / "metrics.jsonl") if row["kind"] == "train"]
-    return (rows[-1]["seconds"] - rows[WARM]["seconds"]) / (len(rows) - 1 - WARM)
+    run_graph(graph, only=None, jobs=0, drift="refuse", tell=lambda stage, said: None)
 
 
-def blocks(folder: Path, steps: int) -> torch.Tensor:
-    """The same text as rows of bytes, [N, LENGTH]."""
+def blocks(folder: Path) -> torch.Tensor:
+    """The same text as rows of bytes, [N, LENGTH]; N a multiple of ROWS."""
     with open(write_data(folder, 1)[0], encoding="utf-8") as lines:
-        text = "".join(json.loads(line)["text"] for line in lines)
-    ids = torch.frombuffer(bytearray(text.encode()[: steps * ROWS * LENGTH]), dtype=torch.uint8).long()
-    return ids.view(-1, LENGTH)
+        text = "".join(json.loads(line)["text"] for line in lines).encode()
+    ids = torch.frombuffer(bytearray(text[: len(text) // (ROWS * LENGTH) * ROWS * LENGTH]), dtype=torch.uint8)
+    return ids.long().view(-1, LENGTH)
 
 
 def model_of(size: str) -> Any:
@@ -83,14 +87,13 @@ def model_of(size: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("llama", **given))
 
 
-def bare(folder: Path, size: str, steps: int, parts: int) -> float:
-    """Seconds a step in a loop with nothing around it."""
-    model, rows = model_of(size).train(), blocks(folder, steps)
+def bare(folder: Path, turn: Turn, *, size: str) -> None:
+    """A loop with nothing around it."""
+    model, rows = model_of(size).train(), blocks(folder).view(-1, ROWS, LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    for step in range(steps):
-        if step == WARM:
-            began = time.perf_counter()
-        batch = rows[step * ROWS : (step + 1) * ROWS]
+    for step in range(MANY):
+        turn()
+        batch = rows[step % len(rows)]
         logits = model(input_ids=batch, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
@@ -98,84 +101,60 @@ def bare(folder: Path, size: str, steps: int, parts: int) -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
-    return (time.perf_counter() - began) / (steps - WARM)
 
 
-def trainer(folder: Path, size: str, steps: int, parts: int) -> float:
-    """Seconds a step in transformers.Trainer, logging every step as we do."""
-    rows = blocks(folder, steps)
-    times: list[float] = []
+def trainer(folder: Path, turn: Turn, *, size: str) -> None:
+    """transformers.Trainer, logging every step as we do."""
 
     class Clock(transformers.TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append(time.perf_counter())
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            turn()
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "hf"), max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1e-3,
+        output_dir=str(folder / "hf"), max_steps=MANY, per_device_train_batch_size=ROWS, learning_rate=1e-3,
         lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
         use_cpu=True, optim="adamw_torch_fused", dataloader_num_workers=0, logging_strategy="steps",
     )  # fmt: skip
-    data = [{"input_ids": row, "labels": row} for row in rows]
+    data = [{"input_ids": row, "labels": row} for row in blocks(folder)]
     run = transformers.Trainer(model=model_of(size), args=arguments, train_dataset=data, callbacks=[Clock()])
     run.remove_callback(transformers.PrinterCallback)
     run.train()
-    return (times[-1] - times[WARM - 1]) / (len(times) - WARM)
-
-
-def in_child(work: Callable[..., float], size: str, steps: int, parts: int) -> float:
-    """Seconds a step, measured in a fresh process on one thread."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            with tempfile.TemporaryDirectory() as folder:
-                os.write(write, str(work(Path(folder), size, steps, parts)).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(write)
-    value = os.read(read, 64)
-    os.close(read)
-    os.waitpid(pid, 0)
-    return float(value)
 
 
 def measure(size: str, *, rounds: int, steps: int) -> dict[str, Any]:
-    """Rounds of all systems in turn; the order within a round rotates."""
-    systems = {"tutelage": (ours, 1), "tutelage, 8 sources": (ours, 8), "bare loop": (bare, 1), "trainer": (trainer, 1)}
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for i in range(rounds):
-        names = list(systems)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            work, parts = systems[name]
-            seconds[name].append(in_child(work, size, steps, parts))
-            print(f"{size} round {i + 1} {name}: {ROWS * LENGTH / seconds[name][-1]:,.0f} tokens/s", flush=True)
-    mine = seconds["tutelage"]
-    ratio = {name: [s / m for s, m in zip(seconds[name], mine, strict=True)] for name in systems if name != "tutelage"}
+    """All systems by turns; every round's seconds a step, and what they come to."""
+    systems: dict[str, Callable[..., None]] = {
+        "tutelage": partial(ours, size=size, parts=1),
+        "tutelage, 8 sources": partial(ours, size=size, parts=8),
+        "bare loop": partial(bare, size=size),
+        "trainer": partial(trainer, size=size),
+    }
+    took = race(systems, rounds=rounds, steps=steps)
     return {
-        "tokens_per_second": {name: ROWS * LENGTH / median(values) for name, values in seconds.items()},
-        "ratio_to": {name: {"median": median(values), "rounds": values} for name, values in ratio.items()},
+        "tokens_per_second": {name: round(ROWS * LENGTH / median(t["wall"])) for name, t in took.items()},
+        "ratio_to": ratios(took, of="tutelage"),
+        "seconds_a_step": {name: {c: [round(s, 6) for s in t[c]] for c in t} for name, t in took.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=5, help="of a turn")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--dry", action="store_true", help="write nothing down")
     given = parser.parse_args()
+    load_before = os.getloadavg()[0]
     results = {size: measure(size, rounds=given.rounds, steps=given.steps) for size in given.sizes}
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
-    path = Path(__file__).parent.parent / "results" / "throughput.json"
-    old = json.loads(path.read_text()) if path.exists() else []
     entry = {"date": str(date.today()), "rounds": given.rounds, "steps": given.steps, "length": LENGTH, "rows": ROWS}
-    path.write_text(json.dumps([*old, {**entry, **about, "results": results}], indent=1) + "\n")
+    entry |= {"by": "turns", "load": round(load_before, 2), **about, "results": results}
+    if not given.dry:
+        append(Path(__file__).parent.parent / "results" / "throughput.json", entry)
     for size, result in results.items():
-        for name, value in result["ratio_to"].items():
-            print(f"{size}: {value['median']:.3f} × the speed of {name}")
+        for name, clocks in result["ratio_to"].items():
+            for clock, r in clocks.items():
+                print(f"{size}: {r['median']:.3f} × the speed of {name} ({r['low']:.3f}–{r['high']:.3f}, {clock})")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
 def dumps(value: Any) -> str:
-    return json.dumps(plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """A value on one line of JSON. Hardly ever is anything not finite, so it is looked for only when it was found."""
+    try:
+        return _encode(value)
+    except ValueError:
+        return _encode(plain(value))
 
 
 @contextlib.contextmanager

@@ -74,10 +74,11 @@ class TextSource:
         stop = start + piece.length
         assert first <= start < stop <= last
         tokens = self._tokens[start:stop].astype(np.int64)
-        labels = np.full(piece.length, IGNORE, np.int64)
         end = min(stop + 1, last)
         count = end - start - 1
-        labels[:count] = self._tokens[start + 1 : end]
+        labels = self._tokens[start + 1 : end].astype(np.int64)
+        if count < piece.length:  # the document ends here
+            labels = np.append(labels, IGNORE)
         if self._loss is not None:
             labels[:count][self._loss[start + 1 : end] == 0] = IGNORE
         if self._bytes is None:
