@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -71,6 +72,7 @@ def race(systems: dict[str, System], *, rounds: int, steps: int) -> dict[str, di
                 if i >= 0:
                     took[name]["wall"].append(wall)
                     took[name]["cpu"].append(cpu)
+            print(f"round {i + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
         for pipe in pipes.values():
             pipe.send_bytes(b"leave")
     return took

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from tutelage.modalities.text import stdlib
 LENGTH, ROWS = 128, 8
 MANY = 10**6  # steps: more than anybody is asked for
 SIZES: dict[str, dict[str, int]] = {
+    "20ms": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4},
     "0.8M": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4},
     "5M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8},
 }
@@ -54,7 +55,7 @@ def write_data(folder: Path, parts: int) -> list[str]:
     return files
 
 
-def ours(folder: Path, turn: Turn, *, size: str, parts: int) -> None:
+def ours(folder: Path, turn: Callable[[], None], *, size: str, parts: int, methods: Sequence[Any] = ()) -> None:
     """Tutelage, with its metrics and journal on; no checkpoint falls into a turn."""
     step = Engine.step
 
@@ -68,6 +69,7 @@ def ours(folder: Path, turn: Turn, *, size: str, parts: int) -> None:
         "start": config(size), "tokenizer": "bytes", "data": data, "length": LENGTH, "batch": f"{ROWS}sample",
         "packing": "concat", "precision": "fp32", "until": f"{MANY}step", "evals": {"every": "none", "run": []},
         "optim": {"use": "optim/adamw", "lr": 1e-3}, "schedule": "schedule/constant", "save": {"every": f"{MANY}step"},
+        "methods": list(methods),
     }}}  # fmt: skip
     graph = Graph.resolve(load.load(recipe), name="t", modality=modalities.find("text"), runs=folder / "runs")
     run_graph(graph, only=None, jobs=0, drift="refuse", tell=lambda stage, said: None)
@@ -141,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--steps", type=int, default=5, help="of a turn")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["0.8M", "5M"])
     parser.add_argument("--dry", action="store_true", help="write nothing down")
     given = parser.parse_args()
     load_before = os.getloadavg()[0]

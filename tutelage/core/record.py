@@ -38,7 +38,7 @@ def dumps(value: Any) -> str:
     """A value on one line of JSON. Hardly ever is anything not finite, so it is looked for only when it was found."""
     try:
         return _encode(value)
-    except ValueError:
+    except (TypeError, ValueError):
         return _encode(plain(value))
 
 
