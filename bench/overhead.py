@@ -113,7 +113,9 @@ def main() -> None:
         append(Path(__file__).parent / "results" / "overhead.json", entry)
     for name, clocks in found.items():
         for clock, r in clocks.items():
-            print(f"{name}: {100 * (r['median'] - 1):+.2f} % ({100 * (r['low'] - 1):+.2f} to {100 * (r['high'] - 1):+.2f}, {clock})")
+            print(
+                f"{name}: {100 * (r['median'] - 1):+.2f} % ({100 * (r['low'] - 1):+.2f} to {100 * (r['high'] - 1):+.2f}, {clock})"
+            )
 
 
 if __name__ == "__main__":
