@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from tutelage import sampling, sizing
+from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.base.rules import entered_by
 from tutelage.base.spec import SourceSpec
@@ -140,6 +141,10 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     if stage.until is None:
         row["disk"] = {"artifact": 4.0 * model.params} if stage.product == "model" else {}
         row["disk"]["total"] = sum(row["disk"].values())
+        if stage.make is not None:
+            rate, row["seconds_from"] = _rate(node, None, sizing.threads_of(node, model.params))
+            made = sizing.written(registry.make(stage.make, place=f"stages.{node.name}.make"), model)
+            _besides(row, made, rate)
         return
     count = stage.batch.value / stage.length if stage.batch.unit == "tok" else stage.batch.value
     row["rows"] = max(1, round(count))
@@ -156,7 +161,25 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
         new += 0.0 if found.stored or mark in seen else found.tokens or 0.0
         seen[mark] = True
     row["disk"] = sizing.disk_of(node, model, row["memory"], tokens=new, vocab=vocab)
-    _spans(node, row, amounts, each, sizing.threads_of(node, model.params))
+    rate, row["seconds_from"] = _rate(node, each / stage.length, sizing.threads_of(node, model.params))
+    _spans(node, row, amounts, each, rate)
+    shape = {"length": stage.length, "rows": row["rows"], "steps": row.get("steps", 0)}
+    if row["state"] != "partial":
+        _besides(row, sizing.besides(methods, model, **shape, each=each), rate)
+
+
+def _besides(row: dict[str, Any], found: list[dict[str, Any]], rate: float) -> None:
+    """Lines of their own for work beside the steps; its time is told at the speed of training."""
+    row["besides"] = [{**one, "seconds": one["flops"] / rate} for one in found if one["flops"]]
+
+
+def _rate(node: Node, each: float | None, threads: int) -> tuple[float, str]:
+    """Operations a second that a stage makes, and where that is from; `each` is what a position takes in training."""
+    known = sizing.speed(node, each) if each is not None else None
+    if known:
+        return known[0], f"the speed of {known[1]}"
+    peak = sizing.peak(sizing.device_of(node.stage).type, threads)
+    return sizing.PEAK_SHARE * peak, f"a guess: {sizing.PEAK_SHARE:.0%} of the {_number(peak)}FLOP/s measured here"
 
 
 def _known(tree: Any) -> None:
@@ -172,19 +195,11 @@ def _shape(node: Node, model: Model) -> str:
     return f"{model.module.config}|{stage.length}|{stage.train}|{stage.precision}|{model.trained}|{entries}"
 
 
-def _spans(node: Node, row: dict[str, Any], amounts: dict[str, Amount], each: float, threads: int) -> None:
+def _spans(node: Node, row: dict[str, Any], amounts: dict[str, Amount], each: float, rate: float) -> None:
     """Steps, tokens, epochs, operations and seconds: from the end of the stage in whatever unit it is written."""
     stage = node.stage
     assert stage.until is not None
     per_step = each * row["rows"]
-    known = sizing.speed(node, each / stage.length)
-    if known:
-        rate, row["seconds_from"] = known[0], f"the speed of {known[1]}"
-    else:
-        device = sizing.device_of(stage).type
-        peak = sizing.peak(device, threads)
-        rate = sizing.PEAK_SHARE * peak
-        row["seconds_from"] = f"a guess: {sizing.PEAK_SHARE:.0%} of the {_number(peak)}FLOP/s measured here"
     unknown = [name for name, found in amounts.items() if found.tokens is None]
     sources = {name: SimpleNamespace(facts={"tokens": found.tokens or 0.0}) for name, found in amounts.items()}
     run: Any = SimpleNamespace(rows=row["rows"], node=node, sources=sources, shares={})
@@ -245,8 +260,6 @@ def _config(node: Node) -> dict[str, Any]:
 
 
 def _applied(node: Node) -> list[str]:
-    from tutelage.base import registry
-
     return registry.make(node.stage.apply or "", place=f"stages.{node.name}.apply").hooks()
 
 
@@ -302,7 +315,7 @@ def show(graph: Graph, console: Console) -> None:
     for row in rows:
         for line in lines(row):
             console.print(line, soft_wrap=True, markup=False)
-    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    seconds = sum(row.get("seconds", 0.0) + sum(b["seconds"] for b in row.get("besides", [])) for row in rows)
     some = " with every stage that a rule may enter" if any(row.get("only_if") for row in rows) else ""
     disk = sum(row.get("disk", {}).get("total", 0.0) for row in rows)
     free = next((row["disk"]["free"] for row in rows if "free" in row.get("disk", {})), None)
@@ -341,6 +354,9 @@ def lines(row: dict[str, Any]) -> list[str]:
         out.append(f"  data      {name}: {found['from']}, {tokens}{exact}")
     if "rows" in row:
         out += _training(row)
+    for more in row.get("besides", []):
+        guess = f" ({row['seconds_from']})" if "steps" not in row else ""
+        out.append(f"  besides   {more['what']}: {spell(more['seconds'])} for {_number(more['flops'])}FLOPs{guess}")
     if row.get("disk", {}).get("total"):
         parts = ", ".join(f"{k} {size(v)}" for k, v in row["disk"].items() if k not in ("total", "free") and v)
         out.append(f"  disk      {size(row['disk']['total'])}: {parts}")

@@ -115,6 +115,38 @@ def flops_per_row(model: Model, length: int) -> float:
     return train
 
 
+def pass_per_row(model: Model, length: int) -> float:
+    """Operations of one row without gradients, the output matrix included: what a frozen model's answer takes."""
+    matrix = getattr(model.parts.head_module, "weight", None)
+    return _forward(model, length) + (2 * matrix.numel() * length if matrix is not None else 0)
+
+
+def besides(methods: Methods, model: Model, *, length: int, rows: int, steps: int, each: float) -> list[dict[str, Any]]:
+    """What methods compute beside the steps' own passes: `what` and `flops`, as far as settings and hooks tell.
+
+    A method with `begin` and a setting `rows` takes the gradient of so many rows; one that reads a frozen model has its
+    answer for every row of every step.
+    """
+    found = []
+    for method in methods.all():
+        count = getattr(method, "rows", None)
+        if "begin" in method.hooks() and isinstance(count, int):
+            found.append({"what": f"{method.name()} begins with {count:,} rows", "flops": count * each})
+        if method.refs:
+            flops = len(method.refs) * steps * rows * pass_per_row(model, length)
+            found.append({"what": f"{method.name()} asks a frozen model at every step", "flops": flops})
+    return found
+
+
+def written(method: Any, model: Model) -> list[dict[str, Any]]:
+    """What writing passages takes: each token once through the model, at the length that it has by then."""
+    passages, length = getattr(method, "passages", None), getattr(method, "length", None)
+    if not (isinstance(passages, int) and isinstance(length, int)):
+        return []
+    what = f"{method.name()} writes {passages:,} passages of {length} tokens, one token after another"
+    return [{"what": what, "flops": passages * pass_per_row(model, length)}]
+
+
 def _forward(model: Model, length: int) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
