@@ -45,7 +45,8 @@ def turn(run: Run, stop: Callable[[], int] = lambda: 0) -> int:
     wanted = policies(run, following=following)
     paused = False
     while True:
-        requests = wanted + collect(run)
+        ahead = run.lines < len(run.journal.lines)  # new lines would come before them and hide them: requests wait
+        requests = wanted + ([] if ahead else collect(run))
         wanted = []
         for request in sorted(requests, key=lambda r: RANK[r["actor"]]):
             decide(run, request)
@@ -323,7 +324,7 @@ def check_planned(run: Run) -> None:
                 f"{place}: an action of a recipe says at which `tick` it is taken (here: {act.get('tick')!r})"
             )
         action: Any = parse(act, place=place)
-        if action.do in ("set", "scale") and action.path != "optim.lr":
+        if action.do in ("set", "scale") and action.path not in ("optim.lr", "optim.base"):  # no optimizer yet
             acts.check(run, action, Trial.of(run), place)
         elif action.do == "set" and not isinstance(action.to, (int, float)):
             raise UserError(f"{place}: set.to: {action.path} is a number (got {action.to!r})")
