@@ -28,7 +28,7 @@ from tutelage.watching import NAME, StageInfo, controls, find, live, name_of, re
 
 ACTORS = ("person", "agent")
 OURS = ("engine", "recipe", "policy")  # names that nobody outside the trainer signs with
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _CLASS = re.compile(r"(?!stdlib:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _TUTELAGE = (sys.executable, "-m", "tutelage")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"

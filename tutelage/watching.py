@@ -66,7 +66,7 @@ def stages(runs: Path) -> list[StageInfo]:
     """Every stage under `runs` that has begun; runs by name, stages in order of their beginning."""
     found = []
     for run in _folders(runs):
-        made = [place for home in _folders(run) if (place := _newest(home, runs))]
+        made = [place for home in _folders(run) if (place := newest(home, runs))]
         made.sort(key=lambda place: (_begun(place), place))
         found += [_info(place, runs) for place in made]
     return found
@@ -92,7 +92,7 @@ def find(reference: str, *, runs: Path) -> Path:
     known = [path.name for path in _folders(runs)]
     if run not in known:
         raise UserError(f"no run '{run}' in {runs}{did_you_mean(run, known)} (there are: {', '.join(known) or 'none'})")
-    made = {home.name: place for home in _folders(runs / run) if (place := _newest(home, runs))}
+    made = {home.name: place for home in _folders(runs / run) if (place := newest(home, runs))}
     if len(names) == 2:
         if names[1] not in made:
             have = ", ".join(made) or "none"
@@ -139,7 +139,7 @@ def _folders(path: Path) -> list[Path]:
     return sorted(made)
 
 
-def _newest(home: Path, runs: Path) -> Path | None:
+def newest(home: Path, runs: Path) -> Path | None:
     """The last version of a stage; None for one that lies, by a link, outside of `runs`."""
     made = [p for p in home.glob("[0-9]*") if p.name.isdigit() and (p / "stage.json").is_file()]
     made = [p for p in made if p.resolve().is_relative_to(runs.resolve())]
@@ -188,7 +188,7 @@ def _parent(start: Any, run: str, runs: Path) -> Path | None:
     names = start.partition("@")[0].split("/")
     if len(names) > 2 or not all(NAME.fullmatch(name) for name in names):
         return None
-    return _newest(runs.joinpath(*([run, *names] if len(names) == 1 else names)), runs)
+    return newest(runs.joinpath(*([run, *names] if len(names) == 1 else names)), runs)
 
 
 def controls(folder: Path) -> dict[str, Any]:
