@@ -51,6 +51,17 @@ def paired(differences: Sequence[float], *, confidence: float = 0.95) -> Paired:
     return Paired(found, mean, mean - half, mean + half, p, confidence)
 
 
+def blocked(series: Sequence[float], *, blocks: int, confidence: float = 0.95) -> Paired:
+    """Student's t on the means of equal blocks of a series whose neighbors are alike (batch means, Schmeiser 1982).
+
+    What is left over after whole blocks is left out at the beginning. A series shorter than `blocks` is one a block.
+    """
+    count = min(blocks, len(series))
+    size = len(series) // max(1, count)
+    values = np.asarray(series[len(series) - count * size :], dtype=np.float64)
+    return paired(values.reshape(count, size).mean(1).tolist() if count else [], confidence=confidence)
+
+
 def benjamini_hochberg(p: Mapping[str, float | None], *, rate: float = 0.05) -> dict[str, bool]:
     """Which of many questions hold at a false discovery rate (Benjamini & Hochberg 1995); None never does."""
     asked = {name: value for name, value in p.items() if value is not None and math.isfinite(value)}
