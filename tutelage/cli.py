@@ -15,7 +15,7 @@ app = typer.Typer(
     name="tutelage",
     help="Staged training: a model's whole life as one recipe.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -112,6 +112,86 @@ def branch(
     from tutelage.verbs import branch_stage
 
     branch_stage(stage, recipe, step=step, sets=sets or [], runs=runs)
+
+
+def _runs_like(incomplete: str) -> list[str]:
+    from tutelage.asking import runs_like
+
+    return runs_like(incomplete, runs=RUNS)
+
+
+def _words_like(ctx: typer.Context, incomplete: str) -> list[str]:
+    from tutelage.asking import words_like
+
+    given = ctx.params
+    runs = Path(given.get("runs") or RUNS)
+    return words_like(given.get("run") or "", list(given.get("words") or ()), incomplete, runs=runs)
+
+
+SteeredArg = Annotated[
+    str, typer.Argument(help="RUN or RUN/STAGE", show_default=False, autocompletion=_runs_like, metavar="RUN")
+]
+WordsArg = Annotated[
+    list[str] | None,
+    typer.Argument(help="what to do, `+` between several", show_default=False, autocompletion=_words_like),
+]
+ByOption = Annotated[str | None, typer.Option(help="who asks; the login name when left out")]
+JsonOption = Annotated[bool, typer.Option("--json", help="the answer as JSON")]
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def steer(
+    run: SteeredArg,
+    words: WordsArg = None,
+    why: Annotated[str, typer.Option(help="written down with it")] = "",
+    dry: Annotated[bool, typer.Option("--dry", help="only say what it would do")] = False,
+    by: ByOption = None,
+    wait: Annotated[float, typer.Option(help="seconds to wait for the answer")] = 30.0,
+    as_json: JsonOption = False,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Change a running stage: set, scale, mix, pause, rollback, … or look: status, log.
+
+    set PATH VALUE, scale PATH FACTOR, mix [SOURCE=SHARE …], pause, resume, step [N], save, eval, sample [PROMPT],
+    freeze, unfreeze, reset PATTERN …, add-source NAME [PATH] [--weight SHARE], drop-source NAME, skip-data SOURCE ROWS,
+    extend UNTIL, end-stage [--after SPAN] [--decay], rollback [TICK|last] [--skip],
+    branch NAME [KEY=VALUE …] [--to TICK] [--start beside|after|no], undo ID [--weights], approve ID, refuse ID,
+    lock, unlock [agent] [policy], note TEXT; status, log.
+    """
+    from tutelage.asking import steer as steer_stage
+
+    code = steer_stage(run, words or [], why=why, by=by, dry=dry, seconds=wait, as_json=as_json, runs=runs)
+    raise typer.Exit(code)
+
+
+@app.command("try", context_settings={"ignore_unknown_options": True})
+def try_actions(
+    run: SteeredArg,
+    words: WordsArg = None,
+    steps: Annotated[int, typer.Option(help="of each twin")] = 100,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask whether to begin")] = False,
+    adopt: Annotated[bool | None, typer.Option("--adopt/--discard", help="do not ask what becomes of it")] = None,
+    by: ByOption = None,
+    as_json: JsonOption = False,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Try an action (as in steer) on two short twins of a stage, one with it and one without; then adopt or discard it."""
+    from tutelage.trial import try_command
+
+    code = try_command(run, words or [], steps=steps, yes=yes, adopt=adopt, by=by, as_json=as_json, runs=runs)
+    raise typer.Exit(code)
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="RUN or RUN/STAGE", show_default=False, autocompletion=_runs_like)],
+    as_json: JsonOption = False,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Run a steered run again from its recipe and journal, as RUN--replay, and say whether the bits are equal."""
+    from tutelage.replaying import replay_command
+
+    raise typer.Exit(replay_command(run, runs=runs, as_json=as_json))
 
 
 @app.command()
@@ -250,12 +330,22 @@ def serve(
 
 @new.command("recipe")
 def new_recipe(
-    model: Annotated[str, typer.Argument(help="a model folder, hub name or config file", show_default=False)],
-    data: Annotated[str, typer.Argument(help="a file, folder or glob", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="a model folder, hub name or config file", show_default=False)
+    ] = None,
+    data: Annotated[str | None, typer.Argument(help="a file, folder or glob", show_default=False)] = None,
     out: Annotated[Path, typer.Option("--out", help="where to write it")] = Path("recipe.yaml"),
+    of: Annotated[str | None, typer.Option("--from", help="a run that was steered, instead of model and data")] = None,
     runs: RunsOption = RUNS,
 ) -> None:
-    """Look at your model and your data, and write a commented recipe that runs."""
+    """Look at your model and your data, and write a commented recipe that runs; or write a steered run as a recipe."""
+    if (of is None) != (model is not None and data is not None) or (of is not None and model is not None):
+        raise UserError("new recipe takes MODEL and DATA, or --from RUN")
+    if of is not None:
+        from tutelage.retelling import retell
+
+        return retell(of, out=out, runs=runs, console=console)
+    assert model is not None and data is not None
     from tutelage.onboarding import write_recipe
 
     write_recipe(model, data, out=out, runs=runs, console=console)
