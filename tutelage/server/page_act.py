@@ -11,7 +11,7 @@ from tutelage.base.action import CHANGES
 from tutelage.base.errors import UserError
 from tutelage.server.auth import Denied
 from tutelage.server.page_bits import box, button, field, table, text
-from tutelage.server.page_words import plain
+from tutelage.server.page_words import plain, rate
 
 if TYPE_CHECKING:
     from tutelage.server.page import Viewer
@@ -47,7 +47,8 @@ def effects_of(answer: dict[str, Any]) -> list[list[str]]:
     for effect in answer.get("effects") or []:
         changes = effect.get("changes") or []
         for change in changes:
-            numbers = [plain(change[key]) if key in change else "" for key in ("was", "now", "used")]
+            write = rate if str(change.get("what")).startswith(("optim.lr", "optim.base")) else plain
+            numbers = [write(change[key]) if key in change else "" for key in ("was", "now", "used")]
             rows.setdefault((str(change.get("what")), *numbers), []).append(str(change.get("group") or ""))
         rest = {k: v for k, v in effect.items() if k not in TOLD and v not in (None, "", {}, [])}
         if not changes and rest:

@@ -10,7 +10,9 @@ from tutelage.core.words import number, percent
 from tutelage.server.page_act import BACK, SKIP, Ask, act, back_to_before
 from tutelage.server.page_bits import box, button, field, text
 from tutelage.server.page_panel import Panel
-from tutelage.server.page_words import plain, spell
+from tutelage.server.page_words import plain, rate, spell
+
+RATES = ("optim.lr", "optim.base")
 
 
 class Steer(Panel):
@@ -66,7 +68,8 @@ class Steer(Panel):
         self._once("back", [now["saves"], undoable], self.back, self._back)
         self._once("rules", [now["locked"], now["rules"]], self.rules, self._rules)
         for path, label in self.used.items():
-            label.set_text(plain(live.target(path).get("now")))
+            value = live.target(path).get("now")
+            label.set_text(rate(value) if path in RATES else plain(value))
         for name, label in self.shares.items():
             label.set_text(f"now {percent(live.shares().get(name))}")
 
