@@ -20,7 +20,7 @@ from tutelage.core.graph import Graph
 from tutelage.core.record import read_lines
 from tutelage.core.run import run_graph
 from tutelage.look import digest_of
-from tutelage.replaying import replay, told
+from tutelage.replaying import replay, seed, told
 from tutelage.retelling import retell
 
 HALVED = {"do": "scale", "path": "optim.lr", "by": 0.5}
@@ -169,6 +169,22 @@ def test_the_recipe_says_who_did_what_and_why(tmp_path: Path, monkeypatch: pytes
     assert "tests.steering.steered:Cools (policy)" in text and "replay: true" in text and "hm" not in text
     with pytest.raises(UserError, match="there already"):
         retell("toy", out=tmp_path / "told.yaml", runs=runs, console=Console(quiet=True))
+
+
+def test_a_request_waits_until_what_was_written_down_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that goes on after a crash, and somebody asks before it is where it was."""
+    runs = steered(tmp_path, {2: [("ada", [HALVED])], 6: [("bob", [HALVED])]}, monkeypatch=monkeypatch, only="one")
+    seed(runs / "toy/one/1", runs / "again/one/1", tick=None)
+    steering.send(runs / "again/one/1", [{"do": "note", "text": "early"}], by="cy", id="cy")
+    recipe = load.load(runs / "toy/recipe.yaml")
+    graph = Graph.resolve(recipe, name="again", modality=modalities.find("text"), runs=runs)
+    run_graph(graph, only="one", jobs=0, drift="refuse", tell=lambda stage, said: None)
+    assert [(entry["id"], entry["tick"]) for entry in steering.log(runs / "again/one/1")] == [
+        ("ada", 2),
+        ("bob", 6),
+        ("cy", 6),
+    ]
+    assert digest_of(runs / "again/one/1") == digest_of(runs / "toy/one/1")
 
 
 def test_a_replays_journal_leaves_out_what_changes_no_number_and_saves_where_somebody_goes_back() -> None:
