@@ -195,6 +195,7 @@ class Storm:
             {"do": "scale", "path": "optim.lr"}, {"do": "mix", "weights": {"nobody": 1}}, {"do": "mix", "weights": {stage.own()[0]: 0}},
             {"do": "mix", "weights": [1, 2]}, {"do": "add_source", "name": "../x", "source": self.spare},
             {"do": "add_source", "name": "y", "source": {"path": "/nowhere/at/all.jsonl"}}, {"do": "add_source", "name": "z"},
+            {"do": "add_source", "name": "w", "source": {"use": "subprocess:Popen", "args": {"args": ["false"]}}},
             {"do": "drop_source", "name": "nobody"}, {"do": "skip_data", "source": "nobody", "rows": 1},
             {"do": "skip_data", "source": stage.own()[0], "rows": -5}, {"do": "freeze", "modules": ["*"]},
             {"do": "freeze", "modules": ["no_such_part"]}, {"do": "reset", "modules": []}, {"do": "reset", "modules": "["},

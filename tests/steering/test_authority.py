@@ -107,6 +107,14 @@ def test_a_person_locks_agents_out_and_budgets_end(tmp_path: Path) -> None:
     assert "budget of 1" in answer(home, "two")["error"] and "locked agents out" in answer(home, "three")["error"]
 
 
+def test_no_request_calls_a_class_of_some_module(tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    code = {"use": "subprocess:Popen", "args": {"args": ["touch", str(out)]}}
+    home = run(tmp_path, {2: [[("code", ask({"do": "add_source", "name": "x", "source": code}))]]})
+    assert answer(home, "code")["state"] == "refused" and "not code" in answer(home, "code")["error"]
+    assert not out.exists()
+
+
 class Halver(Method):
     """A policy: halves the rate at tick 3, and goes back with half the rate when the loss is no number."""
 

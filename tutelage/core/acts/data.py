@@ -36,6 +36,8 @@ def _added(run: Run, trial: Trial, action: Any, place: str) -> None:
         return
     if action.name in run.sources or action.name in trial.added:
         raise UserError(f"{place}: there is already a source '{action.name}'; name this one otherwise")
+    if action.source.use:  # or whoever may send a request could have any class of any module called
+        raise UserError(f"{place}: `add_source` takes files and data sets, not code; a generator stands in the recipe")
     if action.source.stage:
         raise UserError(
             f"{place}: `add_source` takes a path, hub or generator; a stage's rows are {{path: …/rows.jsonl}}"
