@@ -22,21 +22,40 @@ _NUMBERS = ("loss", "grad_norm", "lr", "tokens", "samples", "epochs", "flops", "
 
 
 class Tracker(Protocol):
-    """One run in an experiment tracker. The same `run` opened again goes on where it was."""
+    """One run in an experiment tracker. The same `run` opened again goes on where it was.
 
-    def log(self, values: dict[str, float], texts: dict[str, str], tick: int) -> None: ...
+    `order` rises from row to row, over restarts too; two rows of one tick (a step, a measurement) differ in it.
+    """
+
+    def log(self, values: dict[str, float], texts: dict[str, str], tick: int, order: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Wandb:
+    """Rows are drawn over `tick`. What was handed on in the last second before a kill may be lost, never more."""
+
     def __init__(self, folder: Path, *, project: str, name: str, run: str, config: dict[str, Any]) -> None:
         wandb = importlib.import_module("wandb")
+        settings: dict[str, Any] = {"console": "off", "quiet": True}  # the terminal is the display's
+        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
+            settings["x_transaction_log_flush_interval"] = 1.0  # seconds; 15 by itself, and its process dies with ours
         # `resume` by id: a second process writes into the same run
-        self.run = wandb.init(project=project, name=name, id=run, resume="allow", dir=str(folder), config=config)
+        self.run = wandb.init(
+            project=project,
+            name=name,
+            id=run,
+            resume="allow",
+            dir=str(folder),
+            config=config,
+            settings=wandb.Settings(**settings),
+        )
+        self.run.define_metric("*", step_metric="tick")
 
-    def log(self, values: dict[str, float], texts: dict[str, str], tick: int) -> None:
-        self.run.log({**values, **texts}, step=tick)
+    def log(self, values: dict[str, float], texts: dict[str, str], tick: int, order: int) -> None:
+        # Its own step only ever rises, and a row stays open for more until the next one begins, or is committed: a tick's
+        # measurement would be refused after a restart, and a killed process would take the open row along.
+        self.run.log({"tick": tick, **values, **texts}, step=order, commit=True)
 
     def close(self) -> None:
         self.run.finish()
@@ -47,7 +66,7 @@ class Tensorboard:
         module = importlib.import_module("torch.utils.tensorboard")
         self.writer = module.SummaryWriter(log_dir=str(folder / "tensorboard"))  # one folder is one run
 
-    def log(self, values: dict[str, float], texts: dict[str, str], tick: int) -> None:
+    def log(self, values: dict[str, float], texts: dict[str, str], tick: int, order: int) -> None:
         for key, value in values.items():
             self.writer.add_scalar(key, value, tick)
         for key, text in texts.items():
@@ -64,7 +83,7 @@ class Trackio:
         # runs are known by name there, so the name carries the id
         self.trackio.init(project=project, name=f"{name}-{run}", resume="allow", config=config)
 
-    def log(self, values: dict[str, float], texts: dict[str, str], tick: int) -> None:
+    def log(self, values: dict[str, float], texts: dict[str, str], tick: int, order: int) -> None:
         self.trackio.log({**values, **texts}, step=tick)
 
     def close(self) -> None:
@@ -126,7 +145,7 @@ class Follower:
             named = [k for k in row if k.startswith(("aux/", "penalty/"))]
             values, texts = {f"train/{k}": row[k] for k in (*_NUMBERS, *named) if k in row}, {}
             values |= {f"share/{name}": share for name, share in row.get("weights", {}).items()}
-        self.tracker.log({k: number(v) for k, v in values.items() if finite(v)}, texts, key[0])
+        self.tracker.log({k: number(v) for k, v in values.items() if finite(v)}, texts, key[0], 2 * key[0] + key[1])
         self.sent = key
         return 1
 
