@@ -95,8 +95,8 @@ def batch_of(folder: Path, tick: int) -> list[str]:
     if tick not in rows:
         raise UserError(f"{folder} has no tick {tick} (it has 1 to {max(rows, default=0)})")
     node, row = node_of(folder), rows[tick]
-    start, _ = start_of(node)
-    processor = processor_of(node, start, say=lambda said: None)
+    start, config = start_of(node)
+    processor = processor_of(node, start, config, say=lambda said: None)
     corpora, sources = Corpora(node, processor, lambda said: None), {}
     for name in row["cursors"]:
         of, _, inner = name.rpartition("/")

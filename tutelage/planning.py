@@ -283,12 +283,16 @@ def _processor(node: Node, notes: list[str], seen: dict[str, Any]) -> tuple[Any,
     if key not in seen:
         if graph.modality.name == "text" and isinstance(wanted, dict) and wanted.get("train") == "bpe":
             specs = [(n, spec, node.rows_of(spec)) for n, spec in node.stage.data.items()]
-            found, there = sampling.tokenizer_for(wanted, specs, cache=cache)
+            asks = graph.modality.asks(_config(node))  # type: ignore[attr-defined]
+            found, there = sampling.tokenizer_for(wanted, specs, asks=asks, cache=cache)
             note = "" if there else "tokens are counted with a tokenizer trained on the sample alone"
         else:
             with tempfile.TemporaryDirectory() as beside:
                 texts = [(spec, node.rows_of(spec)) for spec in node.stage.data.values()]
-                found = graph.modality.processor(wanted, folder=folder, texts=lambda: texts, cache=Path(beside))
+                config = _config(node) if wanted is not None else None
+                found = graph.modality.processor(
+                    wanted, folder=folder, config=config, texts=lambda: texts, cache=Path(beside)
+                )
             note = ""
         seen[key] = found, note
     found, note = seen[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sized
@@ -164,15 +163,14 @@ def _texts(records: Iterable[Any], shape: Shape) -> Iterator[str]:
 
 
 def tokenizer_for(
-    wanted: dict[str, Any], specs: list[tuple[str, SourceSpec, Path | None]], *, cache: Path
+    wanted: dict[str, Any], specs: list[tuple[str, SourceSpec, Path | None]], *, asks: dict[str, Any], cache: Path
 ) -> tuple[Any, bool]:
     """A tokenizer that a stage trains: the one that is there already (True), or one trained on samples only."""
     if not isinstance(wanted.get("vocab"), int) or not specs:
         raise UserError(f"tokenizer: {wanted} is not known; write {{train: bpe, vocab: 2048}}, `bytes` or a folder")
     ids = sorted(imports.content_id(spec, rows=rows) for _, spec, rows in specs)
-    key = hashlib.blake2b(orjson.dumps([tokenizer.NUMERICS, wanted["vocab"], ids]), digest_size=12).hexdigest()
-    place = cache / "tokenizers" / key
+    place = tokenizer.place_of(cache, vocab=wanted["vocab"], **asks, key=ids)
     if place.exists():
         return tokenizer.load(str(place)), True
     texts = (text for name, spec, rows in specs for text in sample(name, spec, cache=cache, rows=rows).texts)
-    return tokenizer.train(texts, vocab=wanted["vocab"]), False
+    return tokenizer.train(texts, vocab=wanted["vocab"], **asks), False

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.core.tiny import VOCAB, tiny
-from tests.methods.small import SPECIAL, batch_of, packed, view_of
+from tests.methods.small import SPECIAL, batch_of, encode, packed, view_of
 from tutelage.base.errors import UserError
 from tutelage.core.types import IGNORE, Batch, Row
 from tutelage.methods.objective.causal_lm import CausalLM
@@ -153,6 +153,37 @@ def test_cuts_are_spread_over_the_document_and_drawn_again_alike():
     given = batch["source_mask"].sum(dim=1)
     assert int(given.min()) == 1 and int(given.max()) == 19 and 8 < float(given.float().mean()) < 12
     assert torch.equal(batch["source"], method.batch(many(200, 20), view)["source"])
+
+
+@pytest.mark.parametrize("split", [None, 0.2])
+def test_where_answers_are_marked_the_cut_is_before_the_first_whatever_the_share(split):
+    method = PrefixLM(split=split)
+    # of "ab?cde" with its beginning, the labels of positions 0 to 2 are the prompt's: "cde" is the answer
+    found = method.batch(batch_of(["ab?cde"], prompt=3), view_of("t5", objective=method))
+    assert found["source"].tolist() == [encode("ab?")] and found["labels"].tolist() == [encode("cde")[1:]]
+    both = method.batch(packed(["ab?cde", "xy?zu"], prompt=3), view_of("gpt2", objective=method))
+    assert (both["labels"] != IGNORE).int().tolist() == [[0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0]]
+
+
+def test_a_later_prompt_is_read_and_not_learned_and_measured_bytes_are_the_answers():
+    method, batch = PrefixLM(), batch_of(["ab?cde?fg"], prompt=3)
+    batch["labels"][0, 6] = IGNORE  # the second question's mark
+    batch["bytes"][0, 6] = 0
+    found = method.measured(batch, view_of("t5", objective=method))
+    assert found["source"].tolist() == [encode("ab?")]
+    c, d, e, mark, f, g = encode("cde?fg")[1:]
+    assert found["labels"].tolist() == [[c, d, e, IGNORE, f, g]]
+    assert found["tokens"].tolist() == [[0, c, d, e, mark, f]]
+    assert found["bytes"].tolist() == [[1, 1, 1, 0, 1, 1]]
+
+
+def test_separators_of_bert_are_never_hidden():
+    view = view_of("bert", objective=MaskedLM())
+    batch = many()
+    batch.meta["special"] = {**SPECIAL, "cls": 11, "sep": 12}
+    batch["tokens"][:, 1], batch["tokens"][:, 5] = 11, 12
+    after = MaskedLM(rate=0.9).batch(batch, view)
+    assert (after["labels"][:, [1, 5]] == IGNORE).all() and (after["labels"] != IGNORE).any()
 
 
 def test_a_document_of_one_token_has_nothing_to_predict():

@@ -114,6 +114,28 @@ def test_distilling_from_another_tokenizer_is_refused_in_a_line(folder: Path) ->
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("tokens", ["bytes", {"train": "bpe", "vocab": 300}])
+def test_bert_from_scratch_has_a_mask_token_and_learns(tmp_path: Path, tokens: Any) -> None:
+    import transformers
+
+    def scratch(recipe: dict[str, Any]) -> None:
+        one = recipe["stages"]["one"]
+        one |= {"start": dict(toy.MODELS["bert"]), "tokenizer": tokens, "until": "30step"}
+        one["evals"] = {**one["evals"], "every": "none", "run": ["probe/bits_per_byte", "probe/sample"]}
+        del recipe["stages"]["two"]
+
+    planned = plan(graph(tmp_path, scratch, name="bert"))[0]
+    made = run(tmp_path, scratch, name="bert")
+    rows = numbers(home(made, "one"), kind="train")
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"] and 0 < rows[0]["counted"] < 0.4 * 8 * 32
+    place = home(made, "one") / "artifact/model"
+    opened = transformers.AutoTokenizer.from_pretrained(place)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(place)
+    assert model.config.vocab_size == len(opened) == planned["vocab"] and opened.mask_token == "<mask>"
+    ids = opened("the cat").input_ids
+    assert (ids[0], ids[-1]) == (opened.bos_token_id, opened.eos_token_id)
+
+
 # -- data, tables, choices, values ------------------------------------------------------------------------------------
 
 

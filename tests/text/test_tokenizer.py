@@ -1,3 +1,4 @@
+import json
 import random
 from functools import lru_cache
 
@@ -8,10 +9,12 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.recipes import families
 from tests.text.conftest import SAMPLES
 from tutelage.base.errors import UserError
 from tutelage.modalities.text import encode, template, tokenizer
 from tutelage.modalities.text.encode import Encoder, spread
+from tutelage.modalities.text.modality import special_tokens
 from tutelage.modalities.text.pieces import answers
 
 CHATML = (
@@ -218,3 +221,65 @@ def test_a_prompt_is_set_apart_from_its_answer():
     assert template.joined("Why?", "So.") == ("Why?\n", "So.")
     assert template.joined("Why? ", "So.") == ("Why? ", "So.")
     assert template.joined("Why?", " So.") == ("Why?", " So.")
+
+
+def test_a_mask_token_comes_last_among_the_special_ones_and_moves_no_byte(tmp_path, plain):
+    made = tokenizer.bytes_tokenizer(mask=True)
+    assert (len(made), made.mask_token_id) == (260, 259)
+    assert Encoder(made).ids(["héllo"])[0].tolist() == list("héllo".encode())
+    bpe = tokenizer.train(SAMPLES, vocab=300, mask=True)
+    assert len(bpe) == 300 and bpe.convert_ids_to_tokens([0, 1, 2, 3]) == ["<bos>", "<eos>", "<pad>", "<mask>"]
+    bpe.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    encoder = Encoder(bpe)
+    for text in SAMPLES:  # what plain transformers feeds the model is what it was trained on
+        ids = [*encoder.front, *encoder.ids([text])[0].tolist(), *encoder.back]
+        assert again(text).input_ids == ids
+    assert tokenizer.load(str(tmp_path / "tokenizer.json")).mask_token == "<mask>"
+    assert plain.mask_token is None and tokenizer.fingerprint(plain) != tokenizer.fingerprint(made)
+    with pytest.raises(UserError, match="at least 260 .*mask"):
+        tokenizer.train(["a"], vocab=259, mask=True)
+
+
+def test_documents_for_bert_stand_between_cls_and_sep_as_its_tokenizer_writes_them(plain):
+    bert = families.tokenizer("bert")
+    encoder = Encoder(bert)
+    for text in families.sentences(5):
+        assert [*encoder.front, *encoder.ids([text])[0].tolist(), *encoder.back] == bert(text).input_ids
+    assert encoder.front == [bert.cls_token_id] and encoder.back == [bert.sep_token_id]
+    assert Encoder(plain).front == [plain.bos_token_id]
+    special = special_tokens(bert)
+    assert {special["cls"], special["sep"]} == {bert.cls_token_id, bert.sep_token_id}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "bert"])
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_a_tokenizer_made_for_a_family_opens_alike_in_plain_transformers(tmp_path, family, kind):
+    made = (
+        tokenizer.bytes_tokenizer(family=family)
+        if kind == "bytes"
+        else tokenizer.train(SAMPLES * 3, vocab=400, family=family)
+    )
+    tokenizer.save(made, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), tokenizer.load(str(tmp_path))
+    assert len(theirs) == len(ours) == len(made)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+        made.bos_token_id,
+        made.eos_token_id,
+        made.pad_token_id,
+    )
+    for text in [*SAMPLES, "it's 2024, 12345\n\n  e\u0301 <eos>"]:
+        ids = [one(text, add_special_tokens=False).input_ids for one in (made, theirs, ours)]
+        assert ids[0] == ids[1] == ids[2] and ids[0] == Encoder(made).ids([text])[0].tolist()
+        assert Encoder(made).byte_lengths(text, np.array(ids[0])).sum() == len(text.encode())
+    assert tokenizer.fingerprint(ours) == tokenizer.fingerprint(made)
+
+
+def test_the_place_of_a_tokenizer_does_not_move_for_families_that_are_believed(tmp_path):
+    plain = tokenizer.place_of(tmp_path, vocab=300, mask=False, family=None, key="a")
+    assert tokenizer.place_of(tmp_path, vocab=300, mask=False, family="llama", key="a") == plain
+    others = {
+        tokenizer.place_of(tmp_path, vocab=300, mask=m, family=f, key="a") for m, f in ((True, None), (False, "qwen2"))
+    }
+    assert len({*others, plain}) == 3

@@ -122,7 +122,7 @@ def _plain(node: Node, saved: Any) -> tuple[Any, Any, list[Any]]:
     modality, stage = node.graph.modality, node.stage
     done = node.artifact / "model"
     folder, config = modality.start_files(str(done)) if done.is_dir() else start_of(node)
-    processor = processor_of(node, folder, say=lambda said: None)
+    processor = processor_of(node, folder, config, say=lambda said: None)
     model = modality.model(folder, config, processor=processor, length=stage.length)
     own, tensors = artifact.tensors_of(model), saved[0]["model"]
     odd = sorted(set(own) ^ set(tensors))

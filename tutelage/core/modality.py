@@ -39,8 +39,19 @@ class Modality(Protocol):
         """Folder of weights (None for a config) and the config as a dict; UserError when it is neither."""
         ...
 
-    def processor(self, wanted: Any, *, folder: Path | None, texts: Callable[[], Iterable[Any]], cache: Path) -> Any:
-        """The tokenizer or its like: `wanted` from the recipe, else the start folder's own; may be trained on texts."""
+    def processor(
+        self,
+        wanted: Any,
+        *,
+        folder: Path | None,
+        texts: Callable[[], Iterable[Any]],
+        cache: Path,
+        config: dict[str, Any] | None = None,
+    ) -> Any:
+        """The tokenizer or its like: `wanted` from the recipe, else the start folder's own; may be trained on texts.
+
+        `config` is that of the model it is for, where it is known.
+        """
         ...
 
     def processor_id(self, processor: Any) -> str:

@@ -212,7 +212,7 @@ def opened(node: Node, *, world: World, say: Say, start: Any = None) -> Opened:
     stage, modality = node.stage, node.graph.modality
     device = machine(node, world)
     folder, config = start_of(node, start)
-    processor = processor_of(node, folder, say=say)
+    processor = processor_of(node, folder, config, say=say)
     randomness.reseed(randomness.seed_of(node.seed, node.root, 0, "init"))
     say({"doing": "opening the model"})
     model = modality.model(folder, config, processor=processor, length=stage.length)
@@ -338,7 +338,7 @@ def start_of(node: Node, start: Any = None) -> tuple[Path | None, dict[str, Any]
     return node.graph.modality.start_files(starts[0])
 
 
-def processor_of(node: Node, folder: Path | None, *, say: Say) -> Any:
+def processor_of(node: Node, folder: Path | None, config: dict[str, Any], *, say: Say) -> Any:
     """The tokenizer: the recipe's own, else that of the start; trained once, in the stage that asks for it."""
     stage, modality, graph = node.stage, node.graph.modality, node.graph
     cache = graph.runs / ".data"
@@ -347,7 +347,7 @@ def processor_of(node: Node, folder: Path | None, *, say: Say) -> Any:
         say({"doing": "training the tokenizer"})
         return [(spec, node.rows_of(spec)) for spec in stage.data.values()]
 
-    return modality.processor(stage.tokenizer, folder=folder, texts=texts, cache=cache)
+    return modality.processor(stage.tokenizer, folder=folder, config=config, texts=texts, cache=cache)
 
 
 def packing_of(

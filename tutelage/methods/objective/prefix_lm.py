@@ -1,7 +1,8 @@
 """Prefix language modeling: the first part of each document is given, the rest is predicted.
 
 Paper:   Raffel et al. 2020 (T5), arXiv:1910.10683; Wang et al. 2022, arXiv:2204.05832
-Use:     the default for encoder-decoder models; leave `split` out to cut each document at a place of its own
+Use:     the default for encoder-decoder models; leave `split` out to cut each document at a place of its own; where a
+    source marks its answers (`template`), the cut is before the first one, and later prompts are read only
 Works:   encoder-decoder models, one document a row; causal ones, packed or not
 Costs:   the given part teaches nothing: half of the positions on average
 With:    adds to every auxiliary and penalty; bits per byte is then measured on the predicted part
@@ -59,16 +60,15 @@ class PrefixLM(Method):
         lengths_BS = F.one_hot(segments_BT, chance_BS.shape[1] + 1).sum(dim=1)[:, 1:]
         share_BS = chance_BS.to(segments_BT.device) if self.split is None else self.split
         given_BS = 1 + (share_BS * (lengths_BS - 1)).long().clamp(max=lengths_BS - 2).clamp(min=0)
+        first_BS = _first_learned(batch, lengths_BS)
+        given_BS = torch.where((first_BS > 0) & (first_BS < lengths_BS), first_BS + 1, given_BS)
         split = self._two_sided if view.engine.anatomy.kind == "seq2seq" else self._one_sided
         return replace(split(batch, lengths_BS, given_BS), meta={**batch.meta, "prepared": True})
 
     @staticmethod
     def _one_sided(batch: Batch, lengths_BS: Tensor, given_BS: Tensor) -> Batch:
         """The labels of the given part are taken away: position i predicts token i + 1 of its document."""
-        row_BT = (batch["segments"] - 1).clamp(min=0)
-        begin_BS = lengths_BS.cumsum(dim=1) - lengths_BS
-        place_T = torch.arange(row_BT.shape[1], device=row_BT.device)
-        within_BT = place_T - begin_BS.gather(1, row_BT)
+        row_BT, within_BT = _places(batch["segments"], lengths_BS)
         return batch.having(labels=torch.where(within_BT + 1 < given_BS.gather(1, row_BT), IGNORE, batch["labels"]))
 
     @staticmethod
@@ -88,7 +88,8 @@ class PrefixLM(Method):
             parts["source"].append(tokens_BT[i, :given])
             parts["source_mask"].append(torch.ones_like(tokens_BT[i, :given]))
             parts["tokens"].append(torch.cat([rest.new_tensor([start]), rest])[: len(rest)])
-            parts["labels"].append(rest)
+            learned = batch["labels"][i, given - 1 : whole - 1] != IGNORE  # of the position before each token
+            parts["labels"].append(torch.where(learned, rest, IGNORE))
             parts["segments"].append(torch.ones_like(rest))
             if bytes_BT is not None:
                 parts["bytes"].append(bytes_BT[i, given:whole])
@@ -98,6 +99,21 @@ class PrefixLM(Method):
             torch.arange(fields["tokens"].shape[1], device=tokens_BT.device).expand_as(fields["tokens"]).contiguous()
         )
         return replace(batch, fields={**batch.fields, **fields})
+
+
+def _places(segments_BT: Tensor, lengths_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Each position's document, from 0, and its place in it, [B, T] both."""
+    row_BT = (segments_BT - 1).clamp(min=0)
+    begin_BS = lengths_BS.cumsum(dim=1) - lengths_BS
+    return row_BT, torch.arange(row_BT.shape[1], device=row_BT.device) - begin_BS.gather(1, row_BT)
+
+
+def _first_learned(batch: Batch, lengths_BS: Tensor) -> Tensor:
+    """Each document's first position with a label, [B, S]: 0 where all is learned, its length where nothing is."""
+    row_BT, within_BT = _places(batch["segments"], lengths_BS)
+    learned_BT = (batch["labels"] != IGNORE) & (batch["segments"] > 0)
+    never_BT = lengths_BS.gather(1, row_BT)
+    return lengths_BS.scatter_reduce(1, row_BT, torch.where(learned_BT, within_BT, never_BT), "amin")
 
 
 def _stacked(rows: list[Tensor], fill: int) -> Tensor:

@@ -57,6 +57,7 @@ class Pair:
         folder: Path | None,
         texts: Callable[[], Iterable[tuple[SourceSpec, Path | None]]],
         cache: Path,
+        config: dict[str, Any] | None = None,
     ) -> Any:
         """A LlavaProcessor: from the start's folder or another, or made of a text tokenizer and a picture's size."""
         _need_pillow()

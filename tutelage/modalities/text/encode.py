@@ -18,7 +18,8 @@ LOOK = 256  # characters on each side of a cut that must encode alike with and w
 class Encoder:
     """A tokenizer's inner encoder without truncation and padding, on one thread.
 
-    `front` and `back` are the separators of a document: bos (else eos) before it, eos after it, where there are any.
+    `front` and `back` are the separators of a document: bos (else eos) before it, eos after it, where there are any; else
+    `[CLS]` and `[SEP]`, as BERT's tokenizers write them.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -32,6 +33,8 @@ class Encoder:
         self.inner.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
         self.dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is None and eos is None:
+            bos, eos = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.front = [t for t in (bos, eos) if t is not None][:1]
         self.back = [eos] if eos is not None else []
         added = tokenizer.added_tokens_decoder

@@ -49,8 +49,12 @@ class Text:
         folder: Path | None,
         texts: Callable[[], Iterable[tuple[SourceSpec, Path | None]]],
         cache: Path,
+        config: dict[str, Any] | None = None,
     ) -> Any:
-        """`bytes`, a folder or hub name, `{train: bpe, vocab: 2048}`, or the start's own when `wanted` is None."""
+        """`bytes`, a folder or hub name, `{train: bpe, vocab: 2048}`, or the start's own when `wanted` is None.
+
+        The first and the third have a mask token when the model is a masked one.
+        """
         if wanted is None and folder is not None:
             return tokenizer.load(str(folder))
         if wanted is None:
@@ -58,12 +62,21 @@ class Text:
                 "fresh weights need a tokenizer: write `tokenizer: {train: bpe, vocab: 4096}`, `bytes` or a folder"
             )
         if wanted == "bytes":
-            return tokenizer.bytes_tokenizer()
+            return tokenizer.bytes_tokenizer(**self.asks(config))
         if isinstance(wanted, str):
             return tokenizer.load(wanted)
-        return self._trained(wanted, list(texts()), cache)
+        return self._trained(wanted, list(texts()), cache, self.asks(config))
 
-    def _trained(self, wanted: dict[str, Any], specs: list[tuple[SourceSpec, Path | None]], cache: Path) -> Any:
+    @staticmethod
+    def asks(config: dict[str, Any] | None) -> dict[str, Any]:
+        """What a config's model asks of a tokenizer that is made for it: `mask`, `family`."""
+        if config is None or "model_type" not in config:
+            return {"mask": False, "family": None}
+        return {"mask": models.kind_of(config) == "masked", "family": config["model_type"]}
+
+    def _trained(
+        self, wanted: dict[str, Any], specs: list[tuple[SourceSpec, Path | None]], cache: Path, asks: dict[str, Any]
+    ) -> Any:
         unknown = set(wanted) - {"train", "vocab"}
         if wanted.get("train") != "bpe" or unknown or not isinstance(wanted.get("vocab"), int):
             raise UserError(f"tokenizer: {wanted} is not known; write {{train: bpe, vocab: 2048}}, `bytes` or a folder")
@@ -71,13 +84,13 @@ class Text:
             raise UserError("tokenizer: a stage trains its tokenizer on its own data, and this one has none")
         ids = sorted(self.content_id(spec, rows=rows) for spec, rows in specs)
         texts = (text for spec, rows in specs for text in source.texts(spec, rows=rows))
-        return tokenizer.train(texts, vocab=wanted["vocab"], cache=cache, key=ids)
+        return tokenizer.train(texts, vocab=wanted["vocab"], **asks, cache=cache, key=ids)
 
     def processor_id(self, processor: Any) -> str:
         return tokenizer.fingerprint(processor)
 
     def save_processor(self, processor: Any, folder: Path) -> None:
-        processor.save_pretrained(folder)
+        tokenizer.save(processor, folder)
 
     def model(self, folder: Path | None, config: dict[str, Any], *, processor: Any, length: int) -> nn.Module:
         return models.build(folder, config, processor=processor, length=length)
@@ -180,8 +193,9 @@ class Text:
 
 
 def special_tokens(processor: Any) -> dict[str, int]:
-    """Ids that objectives need: mask, pad, bos, eos where there are any, and the size of the vocabulary."""
-    found = {name: getattr(processor, f"{name}_token_id", None) for name in ("mask", "pad", "bos", "eos")}
+    """Ids that objectives need: mask, pad, bos, eos, cls, sep where there are any, and the size of the vocabulary."""
+    names = ("mask", "pad", "bos", "eos", "cls", "sep")
+    found = {name: getattr(processor, f"{name}_token_id", None) for name in names}
     return {**{name: number for name, number in found.items() if number is not None}, "vocab": len(processor)}
 
 

@@ -229,8 +229,8 @@ def _fill_in(
     mask = processor.mask_token_id
     if mask is None:
         raise UserError("this model cannot write text: it is a masked one, and its tokenizer has no mask token")
-    begin = [t for t in (processor.cls_token_id,) if t is not None]
-    end = [t for t in (processor.sep_token_id,) if t is not None]
+    begin = [t for t in (processor.cls_token_id, processor.bos_token_id) if t is not None][:1]
+    end = [t for t in (processor.sep_token_id, processor.eos_token_id) if t is not None][:1]
     given = [[*begin, *(processor(p, add_special_tokens=False)["input_ids"] if p else [])] for p in prompts]
     room, device = context(model), next(model.parameters()).device
     tokens = max(1, min(tokens, room - max(map(len, given)) - len(end) - 2)) if room else tokens

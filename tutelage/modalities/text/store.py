@@ -124,6 +124,9 @@ def _open_or_make(
 ) -> Store:
     origin = content_id(spec, rows=rows) if rows is None or isinstance(rows, Path) else hash_of(rows)
     keys = [NUMERICS, read.BLOCK, origin, spec.field, spec.template, share, split, tokenizer_id(options.tokenizer)]
+    ends = (options.tokenizer.bos_token_id, options.tokenizer.eos_token_id)
+    if ends == (None, None) and options.tokenizer.cls_token_id is not None:
+        keys.append("cls")  # stores made before such documents had separators are others
     mark = hash_of(keys)
     final = options.cache / mark
     if not (final / "meta.json").exists():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import orjson
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.modalities.text.tables import short
 
-BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+BOS, EOS, PAD, MASK = "<bos>", "<eos>", "<pad>", "<mask>"
 NUMERICS = 1  # raised by hand when training gives another tokenizer from the same texts
 BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
@@ -96,29 +98,79 @@ def _from_json(place: Path) -> Any:
         "bos_token": BEGINS,
         "eos_token": ENDS,
         "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
-        "mask_token": ("[MASK]",),
+        "mask_token": ("[MASK]", MASK),
     }
     special = {kind: next((t for t in known if t in added), None) for kind, known in names.items()}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **{k: v for k, v in special.items() if v})
 
 
-def bytes_tokenizer() -> Any:
-    """One token a byte: ids 0 to 255 are the bytes themselves, then bos, eos and pad."""
+@functools.cache
+def rebuilt(family: str) -> tuple[Any, Any] | None:
+    """The normalizer and pre-tokenizer that AutoTokenizer puts in the place of any other beside a family's weights.
+
+    It does so for a few (Qwen2 among them) whatever the folder says, so a tokenizer made for one must have the same, or
+    its saved folder would give other ids. None for a family whose folders are believed, or that is not byte-level.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as beside:
+        save(bytes_tokenizer(), Path(beside))
+        (Path(beside) / "config.json").write_bytes(orjson.dumps({"model_type": family}))
+        try:
+            found = AutoTokenizer.from_pretrained(beside, local_files_only=True, trust_remote_code=False)
+        except Exception:  # a type that transformers does not know is told of where the model is made
+            return None
+    if type(found) is PreTrainedTokenizerFast or "ByteLevel" not in repr(found.backend_tokenizer.pre_tokenizer):
+        return None
+    return found.backend_tokenizer.normalizer, found.backend_tokenizer.pre_tokenizer
+
+
+def save(made: Any, folder: Path) -> None:
+    """As transformers does; a family's class is told that there is no unknown token, where it would add its own."""
+    made.save_pretrained(folder)
+    if made.unk_token is None and _is_whole(folder):
+        place = folder / "tokenizer_config.json"
+        found = {**orjson.loads(place.read_bytes()), "unk_token": None}
+        place.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
+
+
+def _split_as(inner: Any, family: str | None) -> None:
+    """A family's own normalizer and pre-tokenizer, where it insists on them."""
+    own = rebuilt(family) if family else None
+    if own is not None:
+        if own[0] is not None:
+            inner.normalizer = own[0]
+        inner.pre_tokenizer = own[1]
+
+
+def bytes_tokenizer(*, mask: bool = False, family: str | None = None) -> Any:
+    """One token a byte: ids 0 to 255 are the bytes themselves, then bos, eos and pad, and a mask for masked models.
+
+    `family` is the type of the model it is for (see `rebuilt`).
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return _wrapped(inner)
+    _split_as(inner, family)
+    return _wrapped(inner, mask=mask)
 
 
-def _wrapped(inner: Any) -> Any:
+def _wrapped(inner: Any, *, mask: bool) -> Any:
+    """With the names of its special tokens; for a masked model also written around every text, as it is in training."""
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
-    )
+    names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD} | ({"mask_token": MASK} if mask else {})
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, **names, clean_up_tokenization_spaces=False)
+    if mask:
+        ends = [(BOS, made.bos_token_id), (EOS, made.eos_token_id)]
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A {EOS}", special_tokens=ends
+        )
+    return made
 
 
 def byte_letters() -> list[str]:
@@ -128,36 +180,55 @@ def byte_letters() -> list[str]:
     return [chr(byte) if byte in shown else next(hidden) for byte in range(256)]
 
 
-def train(texts: Iterable[str], *, vocab: int, cache: Path | None = None, key: Any = None) -> Any:
-    """A byte-level BPE tokenizer of at most `vocab` tokens (fewer when the texts run out of pairs).
+def place_of(cache: Path, *, vocab: int, mask: bool, family: str | None, key: Any) -> Path:
+    """Where the tokenizer that was trained on some texts is kept; `key` says what they are, JSON-able."""
+    parts = [NUMERICS, vocab, key] + (["mask"] if mask else [])
+    parts += [family] if family and rebuilt(family) else []
+    return Path(cache) / "tokenizers" / hashlib.blake2b(orjson.dumps(parts), digest_size=12).hexdigest()
+
+
+def train(
+    texts: Iterable[str],
+    *,
+    vocab: int,
+    mask: bool = False,
+    family: str | None = None,
+    cache: Path | None = None,
+    key: Any = None,
+) -> Any:
+    """A byte-level BPE tokenizer of at most `vocab` tokens (fewer when the texts run out of pairs); `mask` is one more.
+    `family` is the type of the model it is for (see `rebuilt`).
 
     The same texts give the same tokenizer. With `cache` and `key` (what the texts are, JSON-able) it is trained once
     and opened after. Raises `UserError` when `vocab` is too small to hold every byte.
     """
-    if vocab < 256 + 3:
+    special = [BOS, EOS, PAD] + ([MASK] if mask else [])
+    if vocab < 256 + len(special):
+        names = ", ".join(token.strip("<>") for token in special)
         raise UserError(
-            f"tokenizer: vocab is {vocab}; a byte-level vocabulary needs at least 259 (256 bytes, bos, eos, pad)"
+            f"tokenizer: vocab is {vocab}; a byte-level vocabulary needs at least {256 + len(special)} "
+            f"(256 bytes, {names})"
         )
     place = None
     if cache is not None and key is not None:
-        name = hashlib.blake2b(orjson.dumps([NUMERICS, vocab, key]), digest_size=12).hexdigest()
-        place = Path(cache) / "tokenizers" / name
+        place = place_of(cache, vocab=vocab, mask=mask, family=family, key=key)
         if place.exists():
             return load(str(place))
-    made = _wrapped(_trained(texts, vocab))
+    made = _wrapped(_trained(texts, vocab, special, family), mask=mask)
     if place is not None:
         _keep(made, place)
     return made
 
 
-def _trained(texts: Iterable[str], vocab: int) -> Any:
+def _trained(texts: Iterable[str], vocab: int, special: list[str], family: str | None) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
+    _split_as(inner, family)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[BOS, EOS, PAD], initial_alphabet=byte_letters(), show_progress=False
+        vocab_size=vocab, special_tokens=special, initial_alphabet=byte_letters(), show_progress=False
     )
     inner.train_from_iterator(texts, trainer)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # left unset, a later fork would complain
@@ -169,7 +240,7 @@ def _keep(made: Any, place: Path) -> None:
 
     beside = place.with_name(f".{place.name}.{os.getpid()}")
     with disk_errors(place):
-        made.save_pretrained(beside)
+        save(made, beside)
         for file in beside.iterdir():
             sync(file)
         try:

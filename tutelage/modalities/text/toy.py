@@ -8,8 +8,6 @@ from typing import Any
 
 import orjson
 
-from tutelage.modalities.text import tokenizer
-
 WORDS = ("the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "far", "home", "with", "red", "hat")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -45,16 +43,6 @@ def write(folder: Path) -> dict[str, str]:
     return {name: str(folder / f"{name}.jsonl") for name in texts}
 
 
-def with_mask(folder: Path) -> str:
-    """The bytes tokenizer with a mask token, as masked models need one: its folder."""
-    place = folder / "bytes-and-mask"
-    if not place.exists():
-        made = tokenizer.bytes_tokenizer()
-        made.add_special_tokens({"mask_token": "<mask>"})
-        made.save_pretrained(place)
-    return str(place)
-
-
 def recipe(folder: Path, *, model: str = "llama", steps: int = 12) -> dict[str, Any]:
     """Stage `one` learns `a`, stage `two` learns `b`; 8 rows of 32 bytes a step, in micro-batches of 4."""
     files = write(folder)
@@ -64,10 +52,9 @@ def recipe(folder: Path, *, model: str = "llama", steps: int = 12) -> dict[str, 
         "evals": {"every": "none", "run": ["probe/bits_per_byte"], "final": 8, "passages": 8, "budget": "100%"},
         "save": {"every": "4step"}, "engine": {"micro": 4, "device": "cpu"},
     }  # fmt: skip
-    tokens = with_mask(folder) if model == "bert" else "bytes"
     one = {
         "start": dict(MODELS[model]),
-        "tokenizer": tokens,
+        "tokenizer": "bytes",
         "data": {"a": {"path": files["a"], "val": "20%"}},
         **common,
     }
