@@ -101,7 +101,7 @@ def model_at(node: Node, step: int | None) -> tuple[Any, Any]:
     place = node.artifact / "model" if step is None else node.folder / STEPS / f"{step:09d}"
     if (place / "config.json").exists():
         folder, config = node.graph.modality.start_files(str(place))
-        processor = processor_of(node, folder, say=lambda said: None)
+        processor = processor_of(node, folder, config, say=lambda said: None)
         return node.graph.modality.model(folder, config, processor=processor, length=node.stage.length), processor
     state = node.folder / "state" / f"{step or 0:09d}"
     if step is None or not (state / "state.json").exists():
