@@ -132,6 +132,19 @@ async def steers(client: Any, stage: Beside) -> None:
     assert mine == [("agent", "applied"), ("agent", "refused"), ("agent", "applied")]
 
 
+async def tries(client: Any, stage: Beside) -> None:
+    """A try pauses the stage and lets it go on as it was."""
+    call = caller(client)
+    begun = await call("try_out", stage="toy", do=[{"do": "scale", "path": "optim.lr", "by": 1.5}], steps=4)
+    found = await call("try_result", stage="toy", id=begun["id"], wait=60)
+    while found["state"] not in ("discarded", "failed"):
+        found = await call("try_result", stage="toy", id=begun["id"], wait=60)
+    assert (found["state"], found["error"]) == ("discarded", "")
+    assert found["result"]["same_batches"] == 4
+    assert found["result"]["loss"]["mean"] != 0 and "pairs" not in found["result"]
+    assert steering.controls(stage.folder)["targets"][0]["now"] == pytest.approx(5e-3)
+
+
 async def waits(client: Any, stage: Beside) -> None:
     """What is for a person to decide, and what a person decides about agents."""
     call = caller(client)
@@ -169,6 +182,7 @@ def test_an_agent_steers_a_live_run_over_stdio(stage: Beside) -> None:
         async with by_stdio(stage.runs) as client:
             assert "scale(path, by)" in client.instructions and "approve(" not in client.instructions
             await steers(client, stage)
+            await tries(client, stage)
             await waits(client, stage)
 
     asyncio.run(visit())
