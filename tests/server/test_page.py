@@ -17,7 +17,7 @@ from tests.server.conftest import serve
 from tutelage import steering
 
 WIDE, NARROW = (1280, 800), (390, 844)
-TABS = ("Curves", "Steer", "Branch", "Talk", "Batches", "Log", "Runs")
+TABS = ("Curves", "Steer", "Try", "Talk", "Batches", "Log", "Runs")
 
 
 @pytest.fixture
@@ -229,11 +229,9 @@ def contrast(one: str, other: str) -> float:
 # -- a newcomer's way -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_newcomer_sees_lowers_undoes_pauses_and_goes_on(open_page: Any, training: Path) -> None:
-    for _ in range(900):
-        if (training / "controls.json").exists() and steering.controls(training)["tick"] >= 3:
-            break
-        time.sleep(0.1)
+    wait_for_training(training)
     page = open_page("toy/one")
     status = page.get_by_role("status", name="last action")
     peak = target(training, "optim.base")
@@ -277,6 +275,51 @@ def test_a_newcomer_sees_lowers_undoes_pauses_and_goes_on(open_page: Any, traini
     page.get_by_role("button", name=re.compile("^Pause")).wait_for()
     press(page, "6")
     page.get_by_text("too fast for me").wait_for()
+
+
+@pytest.mark.slow
+def test_a_change_is_tried_on_twins_and_a_branch_is_made_and_compared(
+    open_page: Any, training: Path, runs: Path
+) -> None:
+    wait_for_training(training)
+    page = open_page("toy/one")
+    page.set_default_timeout(180_000)
+    page.wait_for_function("!document.querySelector('.pill').innerText.includes('stopped')")
+    press(page, "3")
+    card = page.get_by_role("region", name="twins")
+    card.get_by_label("steps each").fill("4")
+    card.get_by_role("button", name="See what it costs").click()
+    card.get_by_text("two twins of 4 steps from tick").wait_for()  # the cost is told, and nothing is paused yet
+    assert steering.controls(training)["state"] == "running" and not list(training.parent.glob("tries/*/changed"))
+    card.get_by_role("button", name="Try it").click()
+    card.get_by_role("cell", name="loss", exact=True).wait_for()
+    assert "4 of 4 steps saw the same batch" in card.inner_text() and steering.controls(training)["state"] == "paused"
+    card.get_by_role("button", name="Discard").click()
+    card.get_by_text("Discarded").wait_for()
+    for _ in range(100):
+        if steering.controls(training)["state"] == "running":
+            break
+        time.sleep(0.1)
+    assert steering.controls(training)["state"] == "running"
+
+    page.get_by_label("Name of the branch").fill("slower")
+    page.get_by_label("Changes, such as").fill("optim.lr=1e-4, until=5step")
+    page.get_by_text("only write its recipe").click()
+    page.get_by_role("button", name="Branch from here").click()
+    page.get_by_text(re.compile("slower goes on from tick .*run it with")).wait_for()
+    assert "lr: 0.0001" in (runs / "slower" / "slower.yaml").read_text(encoding="utf-8")
+
+    page.get_by_role("region", name="compare").get_by_label("With").click()
+    page.get_by_role("option", name="demo/code").click()
+    page.get_by_text("Nothing was measured on both yet.").or_(page.get_by_text("Comparing")).first.wait_for()
+
+
+def wait_for_training(folder: Path) -> None:
+    for _ in range(1200):
+        if (folder / "controls.json").exists() and steering.controls(folder)["tick"] >= 3:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the toy does not train")
 
 
 def target(folder: Path, path: str) -> float:

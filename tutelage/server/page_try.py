@@ -1,4 +1,4 @@
-"""Branching from a save, and comparing what came of it."""
+"""Trying on twins, branching from a save, and comparing what came of it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from tutelage.server.desk import COUNT
 from tutelage.server.page_act import WRONG
 from tutelage.server.page_bits import box, button, field, table, text
 from tutelage.server.page_panel import Panel
+from tutelage.server.page_trial import Trial
 
 
 class Try(Panel):
-    title = "Branch"
+    title = "Try"
 
     def build(self) -> None:
         with box("grid2"):
+            with box("card pile span2", "section", label="twins"):
+                Trial(self.viewer).build()
             with box("card pile", "section", label="branch"):
                 self._branch()
             with box("card pile", "section", label="compare"):
