@@ -18,10 +18,14 @@ from starlette.testclient import TestClient
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from tests import toy
 from tests.core.fabricate import train_rows, write_stage
 from tests.server.apps import Served, client_of, quickstart
 from tests.server.test_auth import bearer
-from tutelage.core.record import dumps
+from tutelage.base import load
+from tutelage.base.errors import UserError
+from tutelage.core.record import dumps, write_whole
+from tutelage.core.run import run_graph
 from tutelage.server import work
 from tutelage.server.auth import Tokens
 
@@ -202,6 +206,23 @@ def test_what_a_job_refuses_or_breaks_on_is_one_line(runs: Path, capfd: Any, mon
         work.os.dup2(saved, 1)
         found = strict(capfd.readouterr().out.strip().splitlines()[-1])
         assert list(found) == ["error"] and said in found["error"], found
+
+
+def test_matrix_batch_and_text_come_from_a_real_run_and_leave_its_folder_as_it_was(tmp_path: Path) -> None:
+    graph = toy.graph(tmp_path, steps=4)
+    run_graph(graph, only=None, jobs=0, drift="refuse", tell=lambda *said: None)
+    write_whole(graph.runs / "toy/recipe.yaml", load.dump(graph.recipe))
+    folder = graph.runs / "toy/two/1"
+    before = sorted((path, path.stat().st_mtime_ns) for path in graph.runs.rglob("*") if ".data" not in path.parts)
+    found = work.matrix(str(folder))["forgetting_matrix"]
+    assert set(found) == {"one", "two"} and set(found["two"]) == {"a", "b"}
+    assert all("source=b" in row for row in work.batch(str(folder), 2)["rows"])
+    done, saved = (work.attempt(str(folder), tick, ["1 2"], 6, 0.0, 0)["texts"] for tick in (None, 4))
+    assert done == saved and isinstance(done[0], str)
+    with pytest.raises(UserError, match="no checkpoint"):
+        work.attempt(str(folder), 3, ["1 2"], 6, 0.0, 0)
+    after = sorted((path, path.stat().st_mtime_ns) for path in graph.runs.rglob("*") if ".data" not in path.parts)
+    assert after == before
 
 
 # -- live -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-CHUNK = 65_536  # rows
+CHUNK = 32_768  # rows
 BUCKET = 128  # rows of which an overview keeps the least and the greatest
 AXES = ("tick", "step", "tokens")
 FORMAT = "1"  # of the index

@@ -18,7 +18,7 @@ LOOK = 0.1  # seconds between two looks for an answer
 WAIT = 60.0  # seconds that an answer is waited for at most
 BRANCH = 300.0  # seconds that making a branch may take
 TRY = 180.0
-COUNT = 120.0  # of matrix, batch, compare
+COUNT = 180.0  # of matrix, batch, compare
 
 
 class Missing(UserError):

@@ -274,10 +274,11 @@ class Feed:
         return said(message), last
 
     def preview(self, *, names: Sequence[str] | None = USUAL) -> bytes:
-        """While a long file is read for the first time: how far that is, and what its lines look like here and there."""
-        found = self._once(("preview", names), lambda: said(self._sketch(names)))
-        share = self.loading if self.loading is not None else 1.0
-        return b'{"type":"loading","share":%.3f,"series":%s}' % (share, found)
+        """While a long file is read for the first time: what its lines look like here and there."""
+        return self._once(("preview", names), lambda: said({**self.progress(), "series": self._sketch(names)}))
+
+    def progress(self) -> dict[str, Any]:
+        return {"type": "loading", "share": round(self.loading if self.loading is not None else 1.0, 3)}
 
     def _sketch(self, names: Sequence[str] | None) -> dict[str, Any]:
         path, found = self.folder / "metrics.jsonl", {}

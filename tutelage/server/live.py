@@ -43,7 +43,8 @@ async def view(
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-    code, why = (STOPS, "the server stops") if stopped else _ended(viewer)
+    ended = _ended(viewer)
+    code, why = (STOPS, "the server stops") if stopped else ended
     if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
             await asyncio.wait_for(socket.close(code, why[:120]), 1.0)
@@ -71,10 +72,11 @@ async def _serve(
     socket: WebSocket, desk: Desk, folder: Path, since: int | None, names: tuple[str, ...] | None, width: int
 ) -> None:
     async with desk.feeds.watched(folder) as feed:
+        if feed.loading is not None:
+            await _send(socket, await desk.feeds.look(lambda: feed.preview(names=names)))
         while feed.loading is not None and not feed.fault:
-            if since is None or not feed.knows(since):
-                await _send(socket, await desk.feeds.look(lambda: feed.preview(names=names)))
             await desk.feeds.news(feed, seconds=0.5)
+            await _send(socket, said(feed.progress()))
         version = -1
         if since is not None and feed.knows(since):
             at = since

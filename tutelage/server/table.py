@@ -17,7 +17,7 @@ from tutelage.server.columns import CHUNK, Chunk, Floats, Growing, Ints, Part, t
 CHECK = 256  # bytes before an offset by which a file is known again: times in them differ from run to run
 BATCH = 1024  # lines that are parsed at once
 PIECE = 1 << 21  # bytes that are read at once
-FULL = 3 * CHUNK  # a window of up to so many rows is looked at row by row
+FULL = 6 * CHUNK  # a window of up to so many rows is looked at row by row
 LINE = 1 << 24  # bytes of the longest line
 
 

@@ -21,7 +21,7 @@ import orjson
 from tutelage.base.errors import UserError
 
 SIDE = 2  # jobs side by side
-NICE = 10  # training on the same machine comes first
+NICE = 5  # training on the same machine comes first
 
 
 class Jobs:
