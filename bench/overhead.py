@@ -93,7 +93,8 @@ def steered(folder: Path, turn: Turn, *, steering: bool = True, policy: bool = F
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--lives", type=int, default=5, help="how often all processes begin anew")
+    parser.add_argument("--rounds", type=int, default=12, help="of a life")
     parser.add_argument("--dry", action="store_true", help="write nothing down")
     given = parser.parse_args()
     systems: dict[str, Callable[..., None]] = {
@@ -102,13 +103,15 @@ def main() -> None:
         "policy": partial(steered, policy=True),
         "viewer": partial(steered, viewer=True),
     }
-    took = race(systems, rounds=given.rounds, steps=STEPS)
-    found = ratios(took, of="nothing")
-    entry = {"date": str(date.today()), "rounds": given.rounds, "steps": STEPS, "load": round(os.getloadavg()[0], 2),
-             "torch": torch.__version__, "machine": platform.machine(),
-             "milliseconds_a_step": {name: round(1e3 * median(t["wall"]), 2) for name, t in took.items()},
-             "ratio_to_nothing": found,
-             "seconds_a_step": {n: {c: [round(s, 6) for s in t[c]] for c in t} for n, t in took.items()}}  # fmt: skip
+    took = race(systems, lives=given.lives, rounds=given.rounds, steps=STEPS)
+    found = ratios(took, of="nothing", lives=given.lives)
+    about = {"date": str(date.today()), "torch": torch.__version__, "machine": platform.machine()}
+    asked = {"lives": given.lives, "rounds": given.rounds, "steps": STEPS, "load": round(os.getloadavg()[0], 2)}
+    entry = {
+        **about, **asked, "ratio_to_nothing": found,
+        "milliseconds_a_step": {name: round(1e3 * median(t["wall"]), 2) for name, t in took.items()},
+        "seconds_a_step": {n: {c: [round(s, 6) for s in t[c]] for c in t} for n, t in took.items()},
+    }  # fmt: skip
     if not given.dry:
         append(Path(__file__).parent / "results" / "overhead.json", entry)
     for name, clocks in found.items():

@@ -50,32 +50,41 @@ System = Callable[[Path, Turn], Any]
 """Trains in a folder of its own, calling its turn once a step, for longer than it will be asked to."""
 
 
-def race(systems: dict[str, System], *, rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
-    """`wall` and `cpu` seconds a step of every system in every round. RuntimeError when a system ends early."""
-    fork = multiprocessing.get_context("fork")
-    pipes: dict[str, Connection] = {}
+def race(systems: dict[str, System], *, lives: int, rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
+    """`wall` and `cpu` seconds a step of every system in every round, `rounds` of each of the lives.
+
+    A process keeps its speed for as long as it lives, within a few percent, by what happens to lie where in its memory:
+    so all of them begin anew several times. RuntimeError when a system ends early.
+    """
     took: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in systems}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        for name, system in systems.items():
-            pipes[name], theirs = fork.Pipe()
-            work = (system, Path(folder, name.replace(" ", "-")), Turn(theirs, steps))
-            child = fork.Process(target=_live, args=work, daemon=True)
-            child.start()
-            stack.callback(child.join)
-            stack.callback(child.kill)
-            theirs.close()
-            _said(pipes[name], name)  # it has built what it needs and stands before its first step
-        for i in range(-WARM, rounds):
-            for name in random.Random(i).sample(list(systems), len(systems)):
-                pipes[name].send_bytes(b"go")
-                wall, cpu = _said(pipes[name], name)
-                if i >= 0:
-                    took[name]["wall"].append(wall)
-                    took[name]["cpu"].append(cpu)
-            print(f"round {i + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
-        for pipe in pipes.values():
-            pipe.send_bytes(b"leave")
+    for life in range(lives):
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            pipes = {name: _born(name, system, Path(folder), steps, stack) for name, system in systems.items()}
+            for i in range(-WARM, rounds):
+                for name in random.Random(f"{life} {i}").sample(list(systems), len(systems)):
+                    pipes[name].send_bytes(b"go")
+                    wall, cpu = _said(pipes[name], name)
+                    if i >= 0:
+                        took[name]["wall"].append(wall)
+                        took[name]["cpu"].append(cpu)
+                print(f"life {life + 1}, round {i + 1} of {rounds}  ", end="\r", file=sys.stderr, flush=True)
+            for pipe in pipes.values():
+                pipe.send_bytes(b"leave")
     return took
+
+
+def _born(name: str, system: System, folder: Path, steps: int, stack: contextlib.ExitStack) -> Connection:
+    """Begin a system's process; returns once it has built what it needs and stands before its first step."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    work = (system, folder / name.replace(" ", "-"), Turn(theirs, steps))
+    child = fork.Process(target=_live, args=work, daemon=True)
+    child.start()
+    stack.callback(child.join)
+    stack.callback(child.kill)
+    theirs.close()
+    _said(ours, name)
+    return ours
 
 
 def _live(system: System, folder: Path, turn: Turn) -> None:
@@ -97,19 +106,26 @@ def _said(pipe: Connection, name: str) -> list[float]:
         raise RuntimeError(f"{name} ended before its turn was over") from None
 
 
-def ratios(took: dict[str, dict[str, list[float]]], *, of: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Other systems' seconds over those of one (above 1: that one is faster): median and 95 % bootstrap interval."""
+def ratios(took: dict[str, dict[str, list[float]]], *, of: str, lives: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Other systems' seconds over those of one (above 1: that one is faster): median, and 95 % bootstrap interval.
+
+    Lives are drawn anew, then rounds within them.
+    """
     return {
-        name: {clock: _summary(np.array(times[clock]) / np.array(took[of][clock])) for clock in times}
+        name: {
+            clock: _summary((np.array(times[clock]) / np.array(took[of][clock])).reshape(lives, -1)) for clock in times
+        }
         for name, times in took.items()
         if name != of
     }
 
 
-def _summary(ratio_R: np.ndarray) -> dict[str, float]:
-    drawn = np.random.default_rng(0).choice(ratio_R, (2000, len(ratio_R)))
-    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return {"median": round(float(np.median(ratio_R)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+def _summary(ratio_LR: np.ndarray) -> dict[str, float]:
+    rng, (lives, rounds) = np.random.default_rng(0), ratio_LR.shape
+    life_NL1 = rng.integers(lives, size=(2000, lives, 1))
+    drawn_NLR = ratio_LR[life_NL1, rng.integers(rounds, size=(2000, lives, rounds))]
+    low, high = np.quantile(np.median(drawn_NLR, axis=(1, 2)), [0.025, 0.975])
+    return {"median": round(float(np.median(ratio_LR)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 By turns of a few steps, all systems alive at once (bench/turns.py). Reported: median tokens/s, and the medians of the
 ratios within rounds with their 95 % bootstrap intervals, by the clock on the wall and by the processor's.
 
-    nice -n 0 python -m bench.peers.throughput            adds an entry to bench/results/throughput.json
+    python -m bench.peers.throughput            adds an entry to bench/results/throughput.json
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def trainer(folder: Path, turn: Turn, *, size: str) -> None:
     run.train()
 
 
-def measure(size: str, *, rounds: int, steps: int) -> dict[str, Any]:
+def measure(size: str, *, lives: int, rounds: int, steps: int) -> dict[str, Any]:
     """All systems by turns; every round's seconds a step, and what they come to."""
     systems: dict[str, Callable[..., None]] = {
         "tutelage": partial(ours, size=size, parts=1),
@@ -131,26 +131,27 @@ def measure(size: str, *, rounds: int, steps: int) -> dict[str, Any]:
         "bare loop": partial(bare, size=size),
         "trainer": partial(trainer, size=size),
     }
-    took = race(systems, rounds=rounds, steps=steps)
+    took = race(systems, lives=lives, rounds=rounds, steps=steps)
     return {
         "tokens_per_second": {name: round(ROWS * LENGTH / median(t["wall"])) for name, t in took.items()},
-        "ratio_to": ratios(took, of="tutelage"),
+        "ratio_to": ratios(took, of="tutelage", lives=lives),
         "seconds_a_step": {name: {c: [round(s, 6) for s in t[c]] for c in t} for name, t in took.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--lives", type=int, default=6, help="how often all processes begin anew")
+    parser.add_argument("--rounds", type=int, default=15, help="of a life")
     parser.add_argument("--steps", type=int, default=5, help="of a turn")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["0.8M", "5M"])
     parser.add_argument("--dry", action="store_true", help="write nothing down")
     given = parser.parse_args()
     load_before = os.getloadavg()[0]
-    results = {size: measure(size, rounds=given.rounds, steps=given.steps) for size in given.sizes}
+    results = {size: measure(size, lives=given.lives, rounds=given.rounds, steps=given.steps) for size in given.sizes}
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
     entry = {"date": str(date.today()), "rounds": given.rounds, "steps": given.steps, "length": LENGTH, "rows": ROWS}
-    entry |= {"by": "turns", "load": round(load_before, 2), **about, "results": results}
+    entry |= {"by": "turns", "lives": given.lives, "load": round(load_before, 2), **about, "results": results}
     if not given.dry:
         append(Path(__file__).parent.parent / "results" / "throughput.json", entry)
     for size, result in results.items():

@@ -1,5 +1,8 @@
 """The estimate is within half of what a step really takes, and running out of memory is recognized."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers as tf
@@ -124,3 +127,22 @@ def test_there_is_memory_and_running_out_of_it_is_recognized():
     wrapped.__cause__ = MemoryError()
     assert is_oom(wrapped)
     assert not is_oom(RuntimeError("shapes do not match")) and not is_oom(ValueError("out of memory"))
+
+
+def test_memory_that_tensors_free_is_there_for_the_next_ones() -> None:
+    """In a process of its own, since the setting stays; the pages that a step fetches are counted by the system."""
+    code = """
+import resource, sys, torch
+from tutelage.core import memory
+memory.hold()
+def step():
+    held = [torch.ones(1 << 21) for _ in range(6)]  # 8 MiB each
+for _ in range(5):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 100

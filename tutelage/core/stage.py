@@ -18,7 +18,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.links import stage_of
 from tutelage.base.method import Method
 from tutelage.base.spec import SourceSpec
-from tutelage.core import artifact, checkpoint, micro, randomness, shape, standing, steer
+from tutelage.core import artifact, checkpoint, memory, micro, randomness, shape, standing, steer
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.engine import Engine
 from tutelage.core.graph import BUILTIN_PACKING, Methods, Node, methods_of
@@ -116,7 +116,7 @@ class Run:
 
 
 def machine(node: Node, world: World) -> torch.device:
-    """Choose the device and set what the promise of same bits needs."""
+    """Choose the device and set what the promise of same bits and the pace of a step need."""
     engine = node.stage.engine
     if engine.device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -124,6 +124,7 @@ def machine(node: Node, world: World) -> torch.device:
         device = torch.device(engine.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"stages.{node.name}.engine.device: no CUDA device here; leave it out or write cpu")
+    memory.hold()
     if device.type == "cuda" and engine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(engine.deterministic, warn_only=device.type == "cuda")
