@@ -1,0 +1,115 @@
+"""Rollback: after a spike of the loss, back to a save from before it, past the data that were there, at a lower rate.
+
+Paper:   Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 5.1; Zhang et al. 2022 (OPT), arXiv:2205.01068
+Use:     `save: {every: 100step, keep: 4}`, so that a save lies `back` steps before a spike; `sigmas` 6–10; raise
+    `patience` where single steps jump and come back; `factor: 1` is PaLM's rule, below 1 OPT's
+Works:   any model and objective; a run that goes wrong once in a while, not one whose rate is wrong throughout
+Costs:   two medians of a short window a step; what is rolled back is computed in vain
+With:    needs saves; `steering.policy.approve: [rollback]` asks a person first; beside steer/plateau, cuts multiply
+Differs: people watched those runs: the rule for what a spike is (median and median deviation of the last steps), the cap
+    and the cool-down are ours; the data skipped are those since the save, PaLM's 200 to 500 batches reached further;
+    saves may lie further apart than PaLM's 100 steps
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from tutelage.base.errors import UserError
+from tutelage.base.method import Bench, Method, Seen
+from tutelage.methods._kit.signals import pushed, usual
+
+
+class Rollback(Method):
+    watch: Literal["loss", "grad_norm", "both"] = Field("loss", description="what is looked at in every step")
+    window: int = Field(50, ge=4, description="steps that say what is usual")
+    sigmas: float = Field(8.0, gt=0, description="deviations above the usual that are a spike")
+    rise: float = Field(0.1, ge=0, description="least rise above the usual that is a spike, as a share of it")
+    patience: int = Field(3, ge=1, description="steps in a row that make a spike; one is enough for what is no number")
+    diverged: float = Field(0.3, gt=0, description="how far the usual may rise above its lowest, as a share of it")
+    back: int = Field(20, ge=0, description="the save is so many steps older than the spike's first one")
+    factor: float = Field(0.7, gt=0, le=1, description="the rate afterwards, as a share of what it was")
+    skip: bool = Field(True, description="go past the data that were there when it happened")
+    cap: int = Field(5, ge=0, description="rollbacks in a stage; after that, what is no number ends it")
+    cooldown: int = Field(50, ge=1, description="steps after one in which nothing is asked, and the usual is learned")
+
+    off = {"cap": 0}
+    on = {
+        "watch": "both", "window": 4, "sigmas": 0.01, "rise": 0.0, "patience": 1, "back": 0, "cap": 1, "cooldown": 4
+    }  # fmt: skip
+    guards: ClassVar[bool] = True
+
+    def act(self, view: Any) -> list[dict[str, Any]]:
+        """Rollback and a lower rate, once the loss has been far from what is usual for `patience` steps."""
+        if not self.cap:
+            return []
+        tick = int(view.clock.tick)
+        since, why = self._wrong(view.signals, tick)
+        if since is None or tick < self.state.get("quiet", 0):
+            return []
+        if self.state.get("done", 0) >= self.cap:
+            if view.signals["finite"]:
+                return []
+            raise UserError(
+                f"steer/rollback went back {self.cap} times, and {why} again at step {view.clock.step}; lower the "
+                "rate, or look at the data there"
+            )
+        self.state["done"] = self.state.get("done", 0) + 1
+        self.state["quiet"] = tick + self.cooldown
+        self.state.pop("lowest", None)
+        acts: list[dict[str, Any]] = [{"do": "rollback", "to": max(0, since - self.back), "skip": self.skip}]
+        if self.factor < 1:
+            acts.append({"do": "scale", "path": "optim.lr", "by": self.factor})
+        acts[0]["why"] = why
+        return acts
+
+    def _wrong(self, signals: dict[str, float], tick: int) -> tuple[int | None, str]:
+        """The last tick at which all was well, and what is wrong; None when nothing is."""
+        names = ("loss", "grad_norm") if self.watch == "both" else (self.watch,)
+        values = {name: float(signals.get(name, math.nan)) for name in names}
+        if not signals["finite"] or not all(map(math.isfinite, values.values())):
+            return tick - 1 - self.state.get("streak", 0), "a loss or gradient was no number"
+        high = [name for name in names if self._unusual(name, values[name])]
+        learning = tick < self.state.get("quiet", 0)  # also at a new level, where what was asked was refused
+        for name in names:
+            if learning or not high:
+                self.state[f"window_{name}"] = pushed(self.state.get(f"window_{name}"), values[name], size=self.window)
+        self.state["streak"] = self.state.get("streak", 0) + 1 if high else 0
+        if high and self.state["streak"] >= self.patience:
+            return tick - self.state["streak"], f"{high[0]} was {values[high[0]]:.4g}, far above the steps before"
+        return self._risen(names[0], tick)
+
+    def _unusual(self, name: str, value: float) -> bool:
+        window = self.state.get(f"window_{name}")
+        if not isinstance(window, torch.Tensor) or len(window) < self.window:
+            return False
+        middle, spread = usual(window)
+        return value > middle + max(self.sigmas * spread, self.rise * abs(middle))
+
+    def _risen(self, name: str, tick: int) -> tuple[int | None, str]:
+        """A rise too slow to be a spike: the usual against its lowest."""
+        window = self.state.get(f"window_{name}")
+        if window is None or len(window) < self.window:
+            return None, ""
+        middle, _ = usual(window)
+        lowest = self.state.get("lowest")
+        if lowest is None or middle <= lowest:
+            self.state["lowest"], self.state["lowest_tick"] = middle, tick
+        elif middle - lowest > self.diverged * abs(lowest):
+            return int(self.state["lowest_tick"]), f"{name} rose from {lowest:.4g} to {middle:.4g}"
+        return None, ""
+
+
+def effect(run: Seen) -> dict[str, float]:
+    """How often the step was set back, and the largest fall of the rate between two steps."""
+    rows = [row for row in run.rows if row["kind"] == "train"]
+    pairs = list(zip(rows, rows[1:], strict=False))
+    return {"back": float(sum(b["step"] <= a["step"] for a, b in pairs))}
+
+
+def holds(on: dict[str, float], off: dict[str, float]) -> bool:
+    return on["back"] >= 1 and off["back"] == 0
