@@ -23,7 +23,8 @@ from pydantic import Field
 from scipy import stats
 
 from tutelage.base.clock import SpanField
-from tutelage.base.method import Bench, Method, Seen
+from tutelage.base.method import Bench, Seen
+from tutelage.methods._kit.policy import Policy
 from tutelage.methods._kit.signals import news, pushed
 
 EXPONENTS = np.geomspace(0.05, 3.0, 300)
@@ -76,8 +77,8 @@ def forecast(x: np.ndarray, y: np.ndarray, *, at: float) -> Forecast:
     return Forecast(weights / weights.sum(), y.mean() + slope_C * z_C, scales, free)
 
 
-class EarlyStop(Method):
-    of: str = Field("bits_per_byte", description="a measure (the mean over its columns), or `loss` of training")
+class EarlyStop(Policy):
+    watch: str = Field("bits_per_byte", description="a measure (the mean over its columns), or `loss` of training")
     every: int = Field(20, ge=1, description="steps averaged into one number, of the training loss")
     better: Literal["lower", "higher"] = Field("lower", description="which way is better")
     goal: float | None = Field(None, description="what the stage must reach by its end; left out, `gain` counts")
@@ -89,12 +90,12 @@ class EarlyStop(Method):
     decay: SpanField | None = Field(None, description="let the rate fall over this span first, as the schedule ends")
 
     off = {"chance": 0.0}
-    on = {"of": "loss", "every": 1, "goal": 0.0, "skip": 0, "points": 4, "patience": 1}
+    on = {"watch": "loss", "every": 1, "goal": 0.0, "skip": 0, "points": 9, "patience": 1}
     steerable = frozenset({"chance", "gain"})
 
     def act(self, view: Any) -> list[dict[str, Any]]:
         """The end of the stage, once the rest of it is unlikely to bring what is wanted."""
-        value = news(self.state, view, self.of, every=self.every)
+        value = news(self.state, view, self.watch, every=self.every)
         if value is None or not self.chance or self.state.get("asked"):
             return []
         clock = view.clock
@@ -112,9 +113,9 @@ class EarlyStop(Method):
             return []
         self.state["asked"] = 1
         low, high = sorted(sign * end for end in ahead.interval())
-        why = f"{self.of} {sign * wanted:.4g} is unlikely ({likely:.2g}): at the end {low:.4g} to {high:.4g}"
+        why = f"{self.watch} {sign * wanted:.4g} is unlikely ({likely:.2g}): at the end {low:.4g} to {high:.4g}"
         after = {"after": str(self.decay), "decay": True} if self.decay else {}
-        return [{"do": "end_stage", **after, "why": why}]
+        return self.ask(why, {"do": "end_stage", **after})
 
     def _curve(self, here: float, value: float) -> tuple[np.ndarray, np.ndarray]:
         """Where and what was measured, [n] each; what was rolled back is forgotten."""
@@ -138,3 +139,6 @@ def effect(run: Seen) -> dict[str, float]:
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return on["steps"] < off["steps"]
+
+
+BENCH = None  # placeholder

@@ -13,16 +13,18 @@ Differs: nothing is published to differ from; it only raises, never lowers, and 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field
 
-from tutelage.base.method import Bench, Method, Seen
+from tutelage.base.method import Bench, Seen
+from tutelage.methods._kit.policy import Policy
 from tutelage.methods._kit.signals import measures, news
 
 
-class ForgettingBudget(Method):
-    of: str = Field("forgetting", description="the measure; the worst of its columns counts")
+class ForgettingBudget(Policy):
+    watch: str = Field("forgetting", description="the measure; the worst of its columns counts")
     allowed: float = Field(0.05, description="how much of it is allowed, in its unit")
     then: Literal["raise", "rollback", "pause"] = Field(
         "raise", description="raise a strength, go back to the last measurement in budget, or wait for a person"
@@ -34,14 +36,14 @@ class ForgettingBudget(Method):
     cap: int = Field(4, ge=0, description="actions in a stage")
 
     off = {"cap": 0}
-    on = {"of": "bits_per_byte", "allowed": 0.0, "then": "rollback", "cap": 1}
+    on = {"watch": "bits_per_byte", "allowed": 0.0, "then": "rollback", "cap": 1}
     steerable = frozenset({"allowed"})
 
     def act(self, view: Any) -> list[dict[str, Any]]:
         """One action, when the worst column has been above `allowed` for `patience` measurements."""
-        if not self.cap or news(self.state, view, self.of, every=1) is None:
+        if not self.cap or news(self.state, view, self.watch, every=1) is None:
             return []
-        found = measures(view, self.of)
+        found = measures(view, self.watch)
         column = max(found, key=lambda name: found[name])
         if found[column] <= self.allowed:
             self.state["good"], self.state["over"] = int(view.clock.tick), 0
@@ -55,7 +57,7 @@ class ForgettingBudget(Method):
         self.state["done"] = self.state.get("done", 0) + 1
         self.state["cooling"], self.state["over"] = self.cooldown, 0
         why = f"{column} is {found[column]:.4g}, and {self.allowed:.4g} is allowed"
-        return [{**self._answer(), "why": why}]
+        return self.ask(why, self._answer())
 
     def _answer(self) -> dict[str, Any]:
         if self.then == "raise":
@@ -67,7 +69,7 @@ class ForgettingBudget(Method):
 
 def effect(run: Seen) -> dict[str, float]:
     rows = [row for row in run.rows if row["kind"] == "train"]
-    return {"back": float(sum(b["step"] <= a["step"] for a, b in zip(rows, rows[1:], strict=False)))}
+    return {"back": float(sum(b["step"] <= a["step"] for a, b in pairwise(rows)))}
 
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:

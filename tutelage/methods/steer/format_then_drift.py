@@ -20,14 +20,15 @@ from pydantic import Field, field_validator
 
 from tutelage.base.clock import SpanField
 from tutelage.base.errors import UserError
-from tutelage.base.method import Bench, Method, Seen
+from tutelage.base.method import Bench, Seen
 from tutelage.core.types import IGNORE
+from tutelage.methods._kit.policy import Policy
 from tutelage.methods._kit.signals import measures
 
 SENTENCE = r"[A-Z0-9\"'(\[][^\n]*[.!?)\]\"']"  # begins as a sentence does and ends as one: a continuation rarely does
 
 
-class FormatThenDrift(Method):
+class FormatThenDrift(Policy):
     prompts: list[str] = Field(default_factory=list, description="prompts; those of held-out examples if left out")
     count: int = Field(16, ge=1, description="held-out examples asked, where no prompts are given")
     tokens: int = Field(48, ge=1, description="tokens that an answer may take")
@@ -75,7 +76,7 @@ class FormatThenDrift(Method):
     def _end(self, why: str) -> list[dict[str, Any]]:
         self.state["asked"] = 1
         after = {"after": str(self.decay), "decay": True} if self.decay else {}
-        return [{"do": "end_stage", **after, "why": why}]
+        return self.ask(why, {"do": "end_stage", **after})
 
     def share(self, view: Any) -> float:
         """Of the answers that the model writes now, greedily, how many are well formed, in [0, 1]."""
@@ -113,3 +114,6 @@ def effect(run: Seen) -> dict[str, float]:
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return on["steps"] < off["steps"]
+
+
+BENCH = None  # placeholder

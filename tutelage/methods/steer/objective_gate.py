@@ -2,7 +2,7 @@
 
 Paper:   Yu 2025 (GAPT, memorization–compression cycles), arXiv:2505.08727
 Use:     `strength` 0.01–1; patience of 75 to 125 steps; `smooth` 0.9–0.98 for batches of a few thousand tokens, whose
-    losses jump by more than `tolerance`, and 0, as in the paper, for batches of half a million
+    losses jump by more than `spike`, and 0, as in the paper, for batches of half a million
 Works:   decoders and encoders with hidden states of every block; pretraining, where the loss comes to rest
 Costs:   hidden states of every block are kept; in a compression phase a Gram matrix of 8 × 8 for each 8 tokens and block
 With:    the phase is `steer/objective_gate.phase`: a person may set it, and every switch is in the journal
@@ -21,26 +21,27 @@ from pydantic import Field
 from torch import Tensor
 
 from tutelage.base.errors import UserError
-from tutelage.base.method import Bench, Method, Seen
+from tutelage.base.method import Bench, Seen
 from tutelage.core.out import Out
 from tutelage.core.types import IGNORE, Batch, Sum
 from tutelage.methods._kit.labels import row_weights
+from tutelage.methods._kit.policy import Policy
 
 # Shape letters: B rows, T positions, P patches of a row, S positions of a patch, D hidden width.
 
 
-class ObjectiveGate(Method):
+class ObjectiveGate(Policy):
     strength: float = Field(0.1, ge=0, description="weight of the entropy in a compression phase")
     phase: float = Field(0.0, ge=0, le=1, description="0 learns plainly, 1 compresses too; the gate moves it")
     patch: int = Field(8, ge=2, description="tokens whose hidden states are compared with each other")
     delta: float = Field(0.01, ge=0, description="least fall of the loss, or of the entropy, that is progress (nats)")
-    tolerance: float = Field(0.1, gt=0, description="rise of the loss that ends a compression phase, as a share of it")
+    spike: float = Field(0.1, gt=0, description="rise of the loss that ends a compression phase, as a share of it")
     plain: int = Field(125, ge=1, description="steps without progress of the loss before compression begins")
     compressing: int = Field(75, ge=1, description="steps without progress of the entropy before it ends")
     smooth: float = Field(0.0, ge=0, lt=1, description="weight of the past in the loss and entropy that are compared")
 
     off = {"strength": 0.0}
-    on = {"strength": 1.0, "plain": 1, "compressing": 50, "delta": 10.0, "tolerance": 5.0}
+    on = {"strength": 1.0, "plain": 1, "compressing": 50, "delta": 10.0, "spike": 5.0}
     needs = frozenset({"hidden"})
     steerable = frozenset({"strength", "phase"})
 
@@ -58,7 +59,7 @@ class ObjectiveGate(Method):
 
     def act(self, view: Any) -> list[dict[str, Any]]:
         """A switch of the phase: when nothing gets better in it, or when compressing hurts the loss too much."""
-        if not self.strength or not math.isfinite(view.signals["loss"]):
+        if not self.strength or not math.isfinite(view.signals.get("loss", math.nan)):
             return []
         loss = self._smoothed("loss", view.signals["loss"])
         if not self.phase:
@@ -66,7 +67,7 @@ class ObjectiveGate(Method):
             return self._switch(1.0, f"the loss stands at {loss:.4g}") if stands else []
         start = self.state.setdefault("before", loss)
         self.state["before"] = min(start, loss)
-        if loss > self.state["before"] * (1 + self.tolerance):
+        if loss > self.state["before"] * (1 + self.spike):
             return self._switch(0.0, f"the loss rose from {self.state['before']:.4g} to {loss:.4g}")
         found = self._smoothed("entropy", view.signals.get("aux/steer/objective_gate", 0.0) / self.strength)
         stands = self._stands("entropy", found, self.compressing)
@@ -76,7 +77,7 @@ class ObjectiveGate(Method):
         """Ask for the other phase, and count anew, whatever becomes of it."""
         for key in ("best", "flat", "before", "mean_entropy", "weight_entropy"):
             self.state.pop(key, None)
-        return [{"do": "set", "path": "steer/objective_gate.phase", "to": phase, "why": why}]
+        return self.ask(why, {"do": "set", "path": "steer/objective_gate.phase", "to": phase})
 
     def _smoothed(self, what: str, value: float) -> float:
         """A running mean without the pull of its start."""

@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tutelage.base.method import Bench, Method, Seen
+from tutelage.base.method import Bench, Seen
+from tutelage.methods._kit.policy import Policy
 from tutelage.methods._kit.signals import news
 
 
-class Plateau(Method):
-    of: str = Field("bits_per_byte", description="a measure (the mean over its columns), or `loss` of training")
+class Plateau(Policy):
+    watch: str = Field("bits_per_byte", description="a measure (the mean over its columns), or `loss` of training")
     every: int = Field(50, ge=1, description="steps averaged into one number, of the training loss")
     better: Literal["lower", "higher"] = Field("lower", description="which way is better")
     factor: float = Field(0.3, gt=0, le=1, description="the rate afterwards, as a share of what it was")
@@ -32,12 +33,12 @@ class Plateau(Method):
     floor: float = Field(0.0, ge=0, description="the rate is never cut below this")
 
     off = {"factor": 1.0}
-    on = {"of": "loss", "every": 1, "patience": 0, "threshold": 0.9, "factor": 0.5, "cooldown": 2}
+    on = {"watch": "loss", "every": 1, "patience": 0, "threshold": 0.9, "factor": 0.5, "cooldown": 2}
     steerable = frozenset({"factor", "patience", "cooldown"})
 
     def act(self, view: Any) -> list[dict[str, Any]]:
         """A cut of the rate when more than `patience` numbers in a row were no better than the best."""
-        value = news(self.state, view, self.of, every=self.every)
+        value = news(self.state, view, self.watch, every=self.every)
         if value is None:
             return []
         if self._is_better(value):
@@ -55,8 +56,8 @@ class Plateau(Method):
         if by >= 1:
             return []
         best = self.state["best"]
-        why = f"{self.of} is {value:.4g}, and was {best:.4g} more than {self.patience} measurements ago"
-        return [{"do": "scale", "path": "optim.lr", "by": by, "why": why}]
+        why = f"{self.watch} is {value:.4g}, and was {best:.4g} more than {self.patience} measurements ago"
+        return self.ask(why, {"do": "scale", "path": "optim.lr", "by": by})
 
     def _is_better(self, value: float) -> bool:
         best = self.state.get("best")

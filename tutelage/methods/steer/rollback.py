@@ -14,17 +14,18 @@ Differs: people watched those runs: the rule for what a spike is (median and med
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from tutelage.base.errors import UserError
-from tutelage.base.method import Bench, Method, Seen
+from tutelage.base.method import Bench, Seen
+from tutelage.methods._kit.policy import Policy
 from tutelage.methods._kit.signals import pushed, usual
 
 
-class Rollback(Method):
+class Rollback(Policy):
     watch: Literal["loss", "grad_norm", "both"] = Field("loss", description="what is looked at in every step")
     window: int = Field(50, ge=4, description="steps that say what is usual")
     sigmas: float = Field(8.0, gt=0, description="deviations above the usual that are a spike")
@@ -34,7 +35,7 @@ class Rollback(Method):
     back: int = Field(20, ge=0, description="the save is so many steps older than the spike's first one")
     factor: float = Field(0.7, gt=0, le=1, description="the rate afterwards, as a share of what it was")
     skip: bool = Field(True, description="go past the data that were there when it happened")
-    cap: int = Field(5, ge=0, description="rollbacks in a stage; after that, what is no number ends it")
+    cap: int = Field(5, ge=0, description="rollbacks in a stage; after that it is left to itself")
     cooldown: int = Field(50, ge=1, description="steps after one in which nothing is asked, and the usual is learned")
 
     off = {"cap": 0}
@@ -45,33 +46,26 @@ class Rollback(Method):
 
     def act(self, view: Any) -> list[dict[str, Any]]:
         """Rollback and a lower rate, once the loss has been far from what is usual for `patience` steps."""
-        if not self.cap:
-            return []
         tick = int(view.clock.tick)
-        since, why = self._wrong(view.signals, tick)
-        if since is None or tick < self.state.get("quiet", 0):
+        if not self.cap or "loss" not in view.signals:
             return []
-        if self.state.get("done", 0) >= self.cap:
-            if view.signals["finite"]:
-                return []
-            raise UserError(
-                f"steer/rollback went back {self.cap} times, and {why} again at step {view.clock.step}; lower the "
-                "rate, or look at the data there"
-            )
+        finite = bool(view.signals.get("finite", 1.0))
+        good, why = self._wrong(view.signals, tick, finite=finite)
+        quiet = finite and tick < self.state.get("quiet", 0)  # what is no number ends the stage unless one goes back
+        if good is None or quiet or self.state.get("done", 0) >= self.cap:
+            return []
         self.state["done"] = self.state.get("done", 0) + 1
-        self.state["quiet"] = tick + self.cooldown
+        self.state["quiet"], self.state["streak"] = tick + self.cooldown, 0
         self.state.pop("lowest", None)
-        acts: list[dict[str, Any]] = [{"do": "rollback", "to": max(0, since - self.back), "skip": self.skip}]
-        if self.factor < 1:
-            acts.append({"do": "scale", "path": "optim.lr", "by": self.factor})
-        acts[0]["why"] = why
-        return acts
+        back = {"do": "rollback", "to": max(0, good - self.back), "skip": self.skip}
+        lower = {"do": "scale", "path": "optim.lr", "by": self.factor}
+        return self.ask(why, back, *([lower] if self.factor < 1 else []))
 
-    def _wrong(self, signals: dict[str, float], tick: int) -> tuple[int | None, str]:
+    def _wrong(self, signals: dict[str, float], tick: int, *, finite: bool) -> tuple[int | None, str]:
         """The last tick at which all was well, and what is wrong; None when nothing is."""
         names = ("loss", "grad_norm") if self.watch == "both" else (self.watch,)
         values = {name: float(signals.get(name, math.nan)) for name in names}
-        if not signals["finite"] or not all(map(math.isfinite, values.values())):
+        if not finite or not all(map(math.isfinite, values.values())):
             return tick - 1 - self.state.get("streak", 0), "a loss or gradient was no number"
         high = [name for name in names if self._unusual(name, values[name])]
         learning = tick < self.state.get("quiet", 0)  # also at a new level, where what was asked was refused
@@ -105,11 +99,13 @@ class Rollback(Method):
 
 
 def effect(run: Seen) -> dict[str, float]:
-    """How often the step was set back, and the largest fall of the rate between two steps."""
+    """How often the step was set back."""
     rows = [row for row in run.rows if row["kind"] == "train"]
-    pairs = list(zip(rows, rows[1:], strict=False))
-    return {"back": float(sum(b["step"] <= a["step"] for a, b in pairs))}
+    return {"back": float(sum(b["step"] <= a["step"] for a, b in pairwise(rows)))}
 
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return on["back"] >= 1 and off["back"] == 0
+
+
+BENCH = None  # placeholder
