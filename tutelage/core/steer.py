@@ -32,17 +32,18 @@ Request = dict[str, Any]  # id, by, actor, do, why, dry
 def turn(run: Run, stop: Callable[[], int] = lambda: 0) -> int:
     """All that is to be done before the coming step, pauses included. Returns the signal that asks the stage to stop, or 0.
 
-    First what the journal says was done at this tick and the state does not hold yet, then the recipe's actions, then
-    policies' and clients'. Up to the journal's last line policies only follow: what they did stands in it.
+    Policies are asked first, so that they see the same after a resume and in a replay as when they were heard: the step
+    before anything was done about it. Then comes what the journal says was done at this tick and the state does not
+    hold yet, then the recipe's actions, then policies' and clients' requests.
     """
     asked = run.engine.world.largest(stop())
     if asked:
         return asked
     before = len(run.journal.lines)
-    following = retrace(run)
+    wanted = policies(run)
+    retrace(run)
     while planned(run):
         pass
-    wanted = policies(run, following=following)
     paused = False
     while True:
         ahead = run.lines < len(run.journal.lines)  # new lines would come before them and hide them: requests wait
@@ -63,9 +64,8 @@ def turn(run: Run, stop: Callable[[], int] = lambda: 0) -> int:
         time.sleep(POLL)
 
 
-def retrace(run: Run) -> bool:
-    """Apply journaled actions that the state does not hold yet. Whether there were any, or are any ahead."""
-    there = run.lines < len(run.journal.lines)
+def retrace(run: Run) -> None:
+    """Apply journaled actions that the state does not hold yet."""
     while run.lines < len(run.journal.lines) and run.journal.lines[run.lines]["tick"] <= run.clock.tick:
         line = run.journal.lines[run.lines]
         run.lines += 1
@@ -79,7 +79,11 @@ def retrace(run: Run) -> bool:
         known = any(e["do"] == "applied" and e["id"] == line["id"] for ahead in run.journal.lines[run.lines :]
                     if ahead["by"] == "engine" for e in ahead["do"])  # fmt: skip
         carry_out(run, line, actions, write=not known, saved=_tick_of_save(run))
-    return there
+
+
+def _asked_for(line: dict[str, Any]) -> bool:
+    """Whether a line came of somebody's request; what the engine chose by itself silences no policy."""
+    return line["by"] != "engine" or any(e["do"] in ("applied", "refused", "waiting") for e in line["do"])
 
 
 def planned(run: Run) -> bool:
@@ -97,13 +101,17 @@ def planned(run: Run) -> bool:
     return run.clock.tick != tick
 
 
-def policies(run: Run, *, following: bool) -> list[Request]:
-    """What policies ask for after the last step; they are asked once a tick, and heard where nothing is retraced."""
+def policies(run: Run) -> list[Request]:
+    """What policies ask for after the last step; they are asked once a tick.
+
+    Up to the journal's last line, and in a replay, they only follow: what they did stands there.
+    """
     tick = run.clock.tick
     if run.asked >= tick:
         return []
     run.asked = tick
-    heard = not following and not run.node.stage.steering.replay
+    ahead = any(map(_asked_for, run.journal.lines[run.lines :]))
+    heard = not ahead and not run.node.stage.steering.replay
     found = []
     for method in run.methods.having("act"):
         do = method.act(run.view)

@@ -43,7 +43,7 @@ class FormatThenDrift(Policy):
     cap: int = Field(1, ge=0, le=1, description="0 watches nothing")
 
     off = {"cap": 0}
-    on = {"prompts": ["the"], "form": r"(?s).*", "every": 1, "patience": 1, "tokens": 2}
+    on = {"prompts": ["the"], "form": r"(?s).*", "every": 1, "patience": 8, "tokens": 2}
 
     @field_validator("form")
     @classmethod

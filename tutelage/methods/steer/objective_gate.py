@@ -69,15 +69,20 @@ class ObjectiveGate(Policy):
         self.state["before"] = min(start, loss)
         if loss > self.state["before"] * (1 + self.spike):
             return self._switch(0.0, f"the loss rose from {self.state['before']:.4g} to {loss:.4g}")
-        found = self._smoothed("entropy", view.signals.get("aux/steer/objective_gate", 0.0) / self.strength)
+        found = self._smoothed(
+            "entropy", view.signals.get("aux/steer/objective_gate", 0.0) / (self.strength * self.phase)
+        )
         stands = self._stands("entropy", found, self.compressing)
         return self._switch(0.0, f"the entropy stands at {found:.4g}") if stands else []
 
     def _switch(self, phase: float, why: str) -> list[dict[str, Any]]:
         """Ask for the other phase, and count anew, whatever becomes of it."""
-        for key in ("best", "flat", "before", "mean_entropy", "weight_entropy"):
-            self.state.pop(key, None)
+        self._anew()
         return self.ask(why, {"do": "set", "path": "steer/objective_gate.phase", "to": phase})
+
+    def _anew(self) -> None:
+        for key in ("best", "flat", "of", "before", "mean_entropy", "weight_entropy"):
+            self.state.pop(key, None)
 
     def _smoothed(self, what: str, value: float) -> float:
         """A running mean without the pull of its start."""
@@ -88,6 +93,9 @@ class ObjectiveGate(Policy):
 
     def _stands(self, what: str, value: float, patience: int) -> bool:
         """Whether `patience` steps in a row brought no new least value by more than `delta`."""
+        if self.state.get("of") != what:  # also where a person has moved the phase
+            self._anew()
+            self.state["of"] = what
         best = self.state.get("best")
         if best is not None and best - value > self.delta:
             self.state["flat"] = 0

@@ -75,6 +75,9 @@ class Rollback(Policy):
         self.state["streak"] = self.state.get("streak", 0) + 1 if high else 0
         if high and self.state["streak"] >= self.patience:
             return tick - self.state["streak"], f"{high[0]} was {values[high[0]]:.4g}, far above the steps before"
+        if learning:
+            self.state.pop("lowest", None)
+            return None, ""
         return self._risen(names[0], tick)
 
     def _unusual(self, name: str, value: float) -> bool:
