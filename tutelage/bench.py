@@ -117,7 +117,7 @@ def add(stages: dict[str, Any], plan: Plan, side: str, setting: Setting, *, seed
             return f"{old}--s{seed}{reference[len(old) :]}" if old in base else reference
 
         visit(stage, renamed)
-        stages[called] = {**stage, "seed": seed, "save": {"every": "10min", "keep": 1}}
+        stages[called] = {"save": {"every": "10min", "keep": 1}, **stage, "seed": seed}
 
     settle(name, plan.changed(side, setting))
     return name

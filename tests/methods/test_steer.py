@@ -26,8 +26,8 @@ from tutelage.core.run import run_graph
 from tutelage.look import digest_of
 from tutelage.methods._kit.signals import measures, news, usual
 from tutelage.methods.steer.early_stop import EarlyStop, forecast
-from tutelage.methods.steer.format_then_drift import SENTENCE, FormatThenDrift, well_formed
 from tutelage.methods.steer.forgetting_budget import ForgettingBudget
+from tutelage.methods.steer.format_then_drift import SENTENCE, FormatThenDrift, well_formed
 from tutelage.methods.steer.objective_gate import ObjectiveGate, entropy, patches, whole_patches
 from tutelage.methods.steer.plateau import Plateau
 from tutelage.methods.steer.rollback import Rollback
@@ -527,7 +527,9 @@ POLICIES = {
     "plateau": {"use": "steer/plateau", "watch": "loss", "every": 2, "patience": 0, "threshold": 0.5, "factor": 0.5},
     "early_stop": {"use": "steer/early_stop", "watch": "loss", "every": 1, "goal": 0.0, "skip": 0, "points": 9, "patience": 1},
     "objective_gate": {"use": "steer/objective_gate", "plain": 2, "compressing": 3, "delta": 10.0, "spike": 5.0},
-    "format_then_drift": {"use": "steer/format_then_drift", "prompts": ["the"], "form": "(?s).*", "every": 1, "patience": 8, "tokens": 2},
+    "format_then_drift": {
+        "use": "steer/format_then_drift", "prompts": ["the"], "form": "(?s).*", "every": 1, "patience": 8, "tokens": 2
+    },
 }  # fmt: skip
 
 
@@ -579,5 +581,13 @@ def test_what_the_engine_chooses_by_itself_silences_no_policy(tmp_path: Path, mo
         stage.journal.append(tick=stage.clock.tick, by="engine", do=[{"do": "micro", "rows": 4}], write=True)
 
     monkeypatch.setattr(loop.Pace, "decide", chosen)
-    policy = {"use": "steer/plateau", "watch": "loss", "every": 1, "patience": 0, "threshold": 0.9, "cooldown": 3}
+    policy = {
+        "use": "steer/plateau",
+        "watch": "loss",
+        "every": 1,
+        "patience": 0,
+        "threshold": 0.9,
+        "cooldown": 3,
+        "factor": 0.5,
+    }
     assert [tick for tick, _ in done(run(tmp_path, policy, steps=6))] == [2, 6]

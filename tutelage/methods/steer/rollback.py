@@ -111,4 +111,13 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return on["back"] >= 1 and off["back"] == 0
 
 
-BENCH = None  # placeholder
+BENCH = Bench(
+    base="recipes/bench/too-fast.yaml",
+    arm={"methods": [{"use": "steer/rollback", "window": 20, "back": 10, "cooldown": 20, "diverged": 0.1, "cap": 8}]},
+    metric="bits_per_byte/code",
+    better="lower",
+    margin=0.02,
+    tune={"methods.0.factor": [0.7, 0.5, 0.3]},
+    tune_baseline={"optim.lr": [2e-2, 3e-2, 5e-2]},  # too high, all of them: a spike that nobody foresaw
+    scale="claimed at 540 B parameters (PaLM) and 175 B (OPT)",
+)
