@@ -118,12 +118,12 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
 
 BENCH = Bench(
     base="recipes/bench/instructions.yaml",
-    arm={"methods": [{"use": "steer/format_then_drift", "every": 10, "tokens": 24, "patience": 2}]},
+    arm={"methods": [{"use": "steer/format_then_drift", "every": 5, "tokens": 24, "patience": 2}]},
     metric="forgetting/prose",
     better="lower",
     margin=0.01,
-    tune={"optim.lr": [5e-4, 1e-3, 2e-3]},
-    tune_baseline={"optim.lr": [5e-4, 1e-3, 2e-3]},
+    tune={"optim.lr": [2e-4, 5e-4, 1e-3]},
+    tune_baseline={"optim.lr": [2e-4, 5e-4, 1e-3]},
     tune_by="bits_per_byte/asked",
     scale="shown at 7 B and 13 B parameters (LLaMA), on the GPT4All instructions",
 )
