@@ -100,6 +100,8 @@ def test_nothing_is_wider_than_a_telephone(open_page: Any) -> None:
 
 def test_nan_is_a_mark_and_a_gap_and_breaks_no_chart(open_page: Any) -> None:
     page = open_page("demo/code")
+    page.wait_for_function("""() => getElement(Number(document.querySelector('.spark')?.id.slice(1)))
+        ?.chart?.getOption()?.series?.[0]?.data?.length""")
     found = page.evaluate("""() => {
         const id = Number(document.querySelector('.spark').id.slice(1));
         const drawn = getElement(id).chart.getOption().series[0];
