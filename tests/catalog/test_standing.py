@@ -217,5 +217,5 @@ def test_a_methods_page_names_its_papers() -> None:
 
     row: Row = rows.row(60)
     text = page("grow/stack", verdict="not run")
-    assert f"- **Paper 60**: {row.title}. Claim: {row.claim}" in text
+    assert f"- **Paper 60** ({row.title}): {row.claim}" in text
     assert "**Paper " not in page("continual/ewc", verdict="not run")
