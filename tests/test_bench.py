@@ -123,7 +123,7 @@ def test_a_bench_tunes_both_sides_and_measures_pairs(tmp_path: Path) -> None:
     assert entry["differences"] == [arm - baseline for arm, baseline in pairs]
     assert entry["difference"]["mean"] < 0, "replay of the old data helps on the old data"
     assert entry["scale"]["tokens"] > 0 and entry["scale"]["parameters"] > 1000
-    assert entry["papers"] == {"512": rows.row(512).claim}, "the catalog's claims that it was made for"
+    assert entry["papers"]["512"] == rows.row(512).claim, "the catalog's claims that it was made for"
     starts = [p for p in (runs / "continual-replay").iterdir() if p.name.startswith("one--")]
     assert sorted(p.name for p in starts) == ["one--s1", "one--s100", "one--s2"], "the start is trained once a seed"
     assert not list(runs.glob("*/*/*/state"))

@@ -54,7 +54,7 @@ def test_every_status_is_one_of_the_list() -> None:
     here = Standing()
     found = {row.id: here.status(row) for row in rows.rows()}
     assert set(found.values()) <= set(rows.STATUSES)
-    assert found[1] == "open" and found[227] == "runs"
+    assert found[227] == "runs"
     assert {row.id for row in rows.rows() if not row.covered_by} == {n for n, is_ in found.items() if is_ == "open"}
 
 
@@ -62,7 +62,7 @@ def test_open_rows_ask_for_no_verdict() -> None:
     def read() -> Any:
         raise AssertionError("nothing is to be read")
 
-    assert Standing(read=read).status(rows.row(1)) == "open"
+    assert Standing(read=read).status(rows.row(60).model_copy(update={"covered_by": ()})) == "open"
 
 
 # -- a claim that changed ---------------------------------------------------------------------------------------------
@@ -123,12 +123,15 @@ def test_papers_are_listed_a_line_each_with_their_status() -> None:
     assert len(lines) == 517 and lines[-1].startswith("516 of 516 papers: ")
     fields = ["60", "Stacking Your Transformers", "grow", "text", "study"]
     assert all(word in lines[59] for word in fields)
-    assert lines[1].split()[-1] == "open" and max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 120
 
 
 def test_filters_and_words_narrow_the_list() -> None:
     found = said("--axis", "steer", "--status", "runs").splitlines()
-    assert [line.split()[0] for line in found[:-1]] == ["227", "345"] and found[-1] == "2 of 516 papers: 2 runs"
+    assert (
+        {"227", "345"} <= {line.split()[0] for line in found[:-1]} < {str(row.id) for row in rows.search(axis="steer")}
+    )
+    assert found[-1] == f"{len(found) - 1} of 516 papers: {len(found) - 1} runs"
     assert [line.split()[0] for line in said("8-bit", "subspace").splitlines()[:-1]] == ["69"]
 
 
@@ -160,7 +163,8 @@ def test_a_row_is_shown_whole_with_what_was_measured(tmp_path: Path) -> None:
 
 def test_several_ids_are_shown_one_after_the_other() -> None:
     text = said("227", "1")
-    assert text.index("## 227.") < text.index("## 1.") and "Covered by**: nothing yet" in text
+    assert text.index("## 227.") < text.index("## 1.")
+    assert "Covered by**: nothing yet" in show.section(rows.row(1).model_copy(update={"covered_by": ()}), Standing({}))
     assert "`tutelage run recipes/steer/too-hot.yaml`" in text and "`python -m bench.agents`" in text
 
 
@@ -188,7 +192,8 @@ def test_every_row_is_on_its_axis_page_and_every_link_leads_somewhere() -> None:
 
 
 def test_pages_count_what_is_covered_and_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = tuple(rows.row(n) for n in (60, 281, 227))  # two to grow, one of them covered; one steered, with no bench
+    bare = rows.row(281).model_copy(update={"covered_by": ()})
+    few = (rows.row(60), bare, rows.row(227))  # two to grow, one of them covered; one steered, with no bench
     monkeypatch.setattr(rows, "rows", lambda: few)
     here = standing(grow__stack="no effect")
     assert pages.tally(list(few), here) == (3, 2, 1)
