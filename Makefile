@@ -41,6 +41,7 @@ demo-seeds: $(RUNTIME)
 docs: $(RUNTIME)
 	$(BIN)/python -m tutelage.base.foreign > docs/coming-from.md
 	$(BIN)/python -m tutelage.pages docs/methods
+	$(BIN)/python -m tutelage.catalog.pages docs/papers README.md
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -13,6 +13,7 @@ from tutelage import bench, claims, modalities
 from tutelage.base import load, registry
 from tutelage.base.errors import UserError
 from tutelage.base.method import Bench
+from tutelage.catalog import rows
 from tutelage.core import stats
 from tutelage.core.graph import Graph
 from tutelage.modalities.text import toy
@@ -122,6 +123,7 @@ def test_a_bench_tunes_both_sides_and_measures_pairs(tmp_path: Path) -> None:
     assert entry["differences"] == [arm - baseline for arm, baseline in pairs]
     assert entry["difference"]["mean"] < 0, "replay of the old data helps on the old data"
     assert entry["scale"]["tokens"] > 0 and entry["scale"]["parameters"] > 1000
+    assert entry["papers"]["512"] == rows.row(512).claim, "the catalog's claims that it was made for"
     starts = [p for p in (runs / "continual-replay").iterdir() if p.name.startswith("one--")]
     assert sorted(p.name for p in starts) == ["one--s1", "one--s100", "one--s2"], "the start is trained once a seed"
     assert not list(runs.glob("*/*/*/state"))
@@ -162,6 +164,7 @@ def test_a_method_without_a_bench_says_so() -> None:
 
 def entry(name: str, differences: list[float], **more: Any) -> dict[str, Any]:
     sides = {"arm": [1.0 + d for d in differences], "baseline": [1.0] * len(differences)}
+    found = stats.paired(differences)
     return {
         "date": "2030-01-01T00:00:00+00:00",
         "method": name,
@@ -172,6 +175,7 @@ def entry(name: str, differences: list[float], **more: Any) -> dict[str, Any]:
         "seeds": list(range(len(differences))),
         "values": sides,
         "differences": differences,
+        "difference": {key: getattr(found, key) for key in ("mean", "low", "high", "p")},
         "cost": {"ratio": {"flops": 1.25, "seconds": 2.0}},
         "scale": {"parameters": 1_100_000, "tokens": 1_200_000, "paper": "7 B"},
         **more,

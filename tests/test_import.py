@@ -26,6 +26,13 @@ def test_help_imports_neither_torch_nor_methods() -> None:
     assert {name for name in found if name in HEAVY or name.startswith("tutelage.methods.")} == set()
 
 
+def test_papers_are_listed_with_their_verdicts_without_torch_and_numpy() -> None:
+    found = imported("-m", "tutelage", "papers")
+    assert "tutelage.claims" in found
+    heavy = {"torch", "transformers", "numpy", "scipy"}
+    assert {name for name in found if name in heavy or name.startswith("tutelage.methods.")} == set()
+
+
 def test_loading_a_recipe_imports_neither_torch_nor_methods() -> None:
     code = "from tutelage.base.load import load; load('recipes/quickstart/demo.yaml')"
     found = imported("-c", code)

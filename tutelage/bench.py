@@ -23,6 +23,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.links import references, stage_of, visit
 from tutelage.base.marked import parse, plain
 from tutelage.base.method import Bench
+from tutelage.catalog import rows
 from tutelage.claims import index_text, verdicts
 from tutelage.core import ledger, stats
 from tutelage.core.graph import Graph
@@ -338,6 +339,7 @@ def run_bench(
         "version": now,
         "claim": f"{plan.bench.metric} is {plan.bench.better} than the baseline's",
         "source": about.fields["Paper"],
+        "papers": {str(row.id): row.claim for row in rows.led_by(name)},
         "metric": plan.bench.metric,
         "better": plan.bench.better,
         "margin": plan.bench.margin,

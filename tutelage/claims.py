@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.base import card, registry
+from tutelage.catalog import rows
 from tutelage.core import stats
-from tutelage.core.graph import code_id, file_id
+from tutelage.core.identity import code_id, file_id
 from tutelage.core.record import write_whole
 from tutelage.core.words import amount
 
@@ -48,7 +49,9 @@ def claims(name: str) -> bool:
 
 
 def version(name: str) -> dict[str, str]:
-    """What a measurement holds for: the method's code, and what its file says is measured and how."""
+    """What a measurement holds for: the method's code, what its file says is measured and how, and, under a key for
+    each, the claims of the catalog's rows that it measures.
+    """
     tree = tree_of(name)
     texts = [ast.dump(node) for key in CLAIM if (node := named(tree, key))]
     base = next(
@@ -56,8 +59,12 @@ def version(name: str) -> dict[str, str]:
         for node in ast.walk(named(tree, "BENCH") or tree)
         if isinstance(node, ast.keyword) and node.arg == "base" and isinstance(value := node.value, ast.Constant)
     )
-    claim = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
-    return {"code": code_id(name), "claim": claim, "recipe": file_id(base) if base.exists() else ""}
+    known = {"code": code_id(name), "claim": _hash("\n".join(texts)), "recipe": file_id(base) if base.exists() else ""}
+    return known | {f"paper {row.id}": _hash(row.claim) for row in rows.led_by(name)}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # -- entries ----------------------------------------------------------------------------------------------------------
@@ -81,8 +88,21 @@ def append(entry: dict[str, Any], *, results: Path = RESULTS) -> None:
 
 
 def counted(name: str, *, now: dict[str, str], results: Path = RESULTS) -> dict[str, Any] | None:
-    """The measurement that counts for this version: its first. A second try would be picking."""
-    return next((entry for entry in entries(name, results=results) if entry["version"] == now), None)
+    """The measurement that counts for this version: its first. A second try would be picking.
+
+    It holds while nothing that it was made of has changed: a row that the catalog got later made no part of it.
+    """
+    return next((past for past in entries(name, results=results) if past["version"].items() <= now.items()), None)
+
+
+def difference(entry: dict[str, Any]) -> stats.Paired:
+    """Arm minus baseline, as it was written down."""
+    return stats.Paired(tuple(entry["differences"]), **entry["difference"])
+
+
+def scale(name: str, entry: dict[str, Any]) -> str:
+    """Where the claim was made: as the catalog's row has it, else as the method's bench said."""
+    return next((row.scale for row in rows.led_by(name) if row.scale), entry["scale"]["paper"])
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------------
@@ -97,12 +117,12 @@ def standing(results: Path = RESULTS) -> dict[str, tuple[str, dict[str, Any] | N
     current: dict[str, dict[str, Any]] = {}
     for name in filter(claims, registry.names()):
         past = entries(name, results=results)
-        entry = counted(name, now=version(name), results=results)
+        entry = counted(name, now=version(name), results=results) if past else None
         found[name] = ("stale" if past else "not run", past[-1] if past else None)
         if entry:
             current[name] = entry
     verdicts = stats.verdicts(
-        {name: stats.paired(entry["differences"]) for name, entry in current.items()},
+        {name: difference(entry) for name, entry in current.items()},
         better={name: entry["better"] for name, entry in current.items()},
         margin={name: entry["margin"] for name, entry in current.items()},
     )
@@ -137,7 +157,7 @@ def _line(name: str, status: str, entry: dict[str, Any] | None) -> str:
     title = card.read(registry.path_of(name)).title
     if entry is None:
         return f"| `{name}` {title} | | | | | {status} | | | | | |\n"
-    found, cost = stats.paired(entry["differences"]), entry["cost"]
+    found, cost = difference(entry), entry["cost"]
     arm, baseline = (sum(entry["values"][side]) / len(entry["values"][side]) for side in ("arm", "baseline"))
     interval = "" if found.low is None or found.high is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
     ratios = [
@@ -156,7 +176,7 @@ def _line(name: str, status: str, entry: dict[str, Any] | None) -> str:
         amount(entry["scale"]["parameters"]),
         amount(entry["scale"]["tokens"]),
         str(len(entry["seeds"])),
-        entry["scale"]["paper"],
+        scale(name, entry),
     ]
     return f"| {' | '.join(cells)} |\n"
 

@@ -243,6 +243,22 @@ def methods(name: Annotated[str | None, typer.Argument(help="show this one")] = 
 
 
 @app.command()
+def papers(
+    words: Annotated[
+        list[str] | None, typer.Argument(help="words to look for, or the ids of papers to show whole")
+    ] = None,
+    axis: Annotated[str | None, typer.Option(help="continual, merge, …")] = None,
+    kind: Annotated[str | None, typer.Option(help="method, study, survey, …")] = None,
+    modality: Annotated[str | None, typer.Option(help="text, image, generic, …")] = None,
+    status: Annotated[str | None, typer.Option(help="open, runs, 'not run', 'effect seen', …")] = None,
+) -> None:
+    """List the papers to be covered and how far each is, or show some: what is asked, the claim, what covers it."""
+    from tutelage.catalog.show import papers_command
+
+    papers_command(words or [], axis=axis, kind=kind, modality=modality, status=status, console=console)
+
+
+@app.command()
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="methods; all with --all")] = None,
     everything: Annotated[bool, typer.Option("--all", help="every method that has a bench")] = False,

@@ -12,7 +12,7 @@ from tutelage.base import card, registry
 from tutelage.base.card import GAP
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.hooks import HOOKS
-from tutelage.pages import AXES
+from tutelage.base.registry import AXES
 
 HOUSE = Path("tutelage/methods")  # below the checkout that the command runs in
 
@@ -98,7 +98,7 @@ def write_method(name: str, *, console: Console) -> None:
     if not short or not re.fullmatch(r"[a-z][a-z0-9_]*", short):
         raise UserError(f"'{name}': a method's name is axis/name, in small letters: continual/anchor, say")
     if axis not in KINDS:
-        raise UserError(f"no axis '{axis}'{did_you_mean(axis, KINDS)} (axes: {', '.join(AXES.split())})")
+        raise UserError(f"no axis '{axis}'{did_you_mean(axis, KINDS)} (axes: {', '.join(AXES)})")
     if name in registry.names():
         raise UserError(f"{name} is there already: {registry.path_of(name)}")
     inside = HOUSE.is_dir()

@@ -1,6 +1,8 @@
 """Intervals, corrections and verdicts, checked against numbers worked out by hand."""
 
+import numpy as np
 import pytest
+from scipy.stats import false_discovery_control
 
 from tutelage.core import stats
 
@@ -38,6 +40,14 @@ def test_benjamini_hochberg_is_their_papers_procedure():
     p = {"a": 0.005, "b": 0.019, "c": 0.029, "d": 0.045, "e": 0.9, "f": None}
     assert stats.benjamini_hochberg(p) == {"a": True, "b": True, "c": True, "d": False, "e": False, "f": False}
     assert stats.benjamini_hochberg({"a": None}) == {"a": False}
+
+
+def test_benjamini_hochberg_is_scipys():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 7, 30):
+        p = {str(i): float(value) for i, value in enumerate(rng.random(count) ** 4)}
+        library = false_discovery_control(list(p.values())) <= 0.05
+        assert list(stats.benjamini_hochberg(p).values()) == library.tolist()
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from tests.recipes.families import jsonl, sentences
 from tutelage import modalities, onboarding, survey, verbs
 from tutelage.base import card, load
 from tutelage.base.errors import UserError
+from tutelage.base.registry import AXES
 from tutelage.core.graph import Graph
 from tutelage.core.record import read_lines
 from tutelage.core.run import run_graph
 from tutelage.method_template import KINDS, template, write_method
-from tutelage.pages import AXES
 
 SLOW = {"mamba"}  # its scan in plain torch takes ten times as long
 
@@ -281,7 +281,7 @@ def test_shares_and_batches_follow_the_amount_of_data() -> None:
 # -- new method -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", AXES.split())
+@pytest.mark.parametrize("axis", AXES)
 def test_every_axis_has_a_template_that_imports_and_owns_to_its_gaps(axis: str, here: Path) -> None:
     (here / "tutelage/methods").mkdir(parents=True)
     write_method(f"{axis}/brand_new", console=Console(file=io.StringIO()))

@@ -15,6 +15,10 @@ from tutelage.base.foreign import explain_foreign
 from tutelage.base.method import Method
 
 ROOT = Path(__file__).parent.parent / "methods"
+AXES = (
+    "mix", "select", "filter", "curriculum", "condition", "packing", "synth", "objective", "init", "grow", "arch", "param",
+    "optim", "schedule", "continual", "merge", "distill", "selftrain", "align", "rl", "steer", "probe", "predict", "infer",
+)  # fmt: skip
 
 
 @cache

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import numpy as np
-from scipy import stats
-
 Status = Literal["effect seen", "opposite", "no effect", "inconclusive"]
 
 
@@ -37,6 +34,9 @@ class Paired:
 
 def paired(differences: Sequence[float], *, confidence: float = 0.95) -> Paired:
     """Student's t on paired differences (Student 1908). Raises ValueError for none, or for one that is no number."""
+    import numpy as np  # here, as verdicts are told without: the command line lists them
+    from scipy import stats
+
     values = np.asarray(differences, dtype=np.float64)
     if not len(values) or not np.isfinite(values).all():
         raise ValueError(f"paired differences must be numbers, at least one (got {list(differences)})")
@@ -56,6 +56,8 @@ def blocked(series: Sequence[float], *, blocks: int, confidence: float = 0.95) -
 
     What is left over after whole blocks is left out at the beginning. A series shorter than `blocks` is one a block.
     """
+    import numpy as np
+
     count = min(blocks, len(series))
     size = len(series) // max(1, count)
     values = np.asarray(series[len(series) - count * size :], dtype=np.float64)
@@ -67,9 +69,9 @@ def benjamini_hochberg(p: Mapping[str, float | None], *, rate: float = 0.05) -> 
     asked = {name: value for name, value in p.items() if value is not None and math.isfinite(value)}
     if not asked:
         return dict.fromkeys(p, False)
-    adjusted = stats.false_discovery_control(list(asked.values()), method="bh")
-    holds = dict(zip(asked, (bool(value <= rate) for value in adjusted), strict=True))
-    return {name: holds.get(name, False) for name in p}
+    ranked = sorted(asked.values())
+    least = max((value for i, value in enumerate(ranked, 1) if value <= rate * i / len(ranked)), default=-1.0)
+    return {name: name in asked and asked[name] <= least for name in p}
 
 
 def verdict(
