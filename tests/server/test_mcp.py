@@ -58,7 +58,7 @@ def http(stage: Beside) -> Iterator[Http]:
     assert line.startswith("MCP at http://127.0.0.1:"), line
     yield Http(line.removeprefix("MCP at ").strip(), made)
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(20)
+    process.wait(60)
 
 
 @contextlib.asynccontextmanager

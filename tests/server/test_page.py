@@ -19,6 +19,10 @@ from tutelage import steering
 WIDE, NARROW = (1280, 800), (390, 844)
 TABS = ("Curves", "Steer", "Try", "Talk", "Batches", "Log", "Runs")
 
+# a page that was opened before the server had read the stage's numbers says so, and is filled in later
+READ = """() => { const loss = document.querySelector('[aria-label="loss"]')?.innerText ?? "reading";
+    return !loss.includes("reading") && !/^–$/m.test(loss); }"""
+
 
 @pytest.fixture
 def open_page(browser: Any, server: str, anna: dict[str, str]) -> Iterator[Any]:
@@ -30,13 +34,14 @@ def open_page(browser: Any, server: str, anna: dict[str, str]) -> Iterator[Any]:
         context = browser.new_context(viewport=view, color_scheme=scheme, extra_http_headers=headers)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
         page.on("dialog", lambda dialog: (wrong.append("a script of a run's text was run"), dialog.dismiss()))
         page.on("request", lambda asked: wrong.append(asked.url) if outside(asked.url) else None)
         page.goto(f"{server}/stage/{stage}")
         page.wait_for_function("window.tutelage?.drawn")
+        page.wait_for_function(READ)
         return page
 
     def outside(url: str) -> bool:
@@ -76,9 +81,9 @@ def test_the_first_screen_says_it_all_without_scrolling(open_page: Any, size: tu
         place = part.bounding_box()
         assert place["y"] >= 0 and place["y"] + place["height"] <= size[1], part
         assert place["x"] >= 0 and place["x"] + place["width"] <= size[0], part
+    page.get_by_text("300 of 600 step").wait_for()
     words = page.locator(".first").inner_text()
     assert re.search(r"prose\s+3\.\d+\s+▲ \+0\.\d+ alarm", words) and "of 3.00e-3 at the schedule's peak" in words
-    assert "300 of 600 step" in words
 
 
 def test_the_rate_on_the_page_is_that_of_the_folder(open_page: Any, runs: Path) -> None:
@@ -296,10 +301,6 @@ def test_a_change_is_tried_on_twins_and_a_branch_is_made_and_compared(
     assert "4 of 4 steps saw the same batch" in card.inner_text() and steering.controls(training)["state"] == "paused"
     card.get_by_role("button", name="Discard").click()
     card.get_by_text("Discarded").wait_for()
-    for _ in range(100):
-        if steering.controls(training)["state"] == "running":
-            break
-        time.sleep(0.1)
     assert steering.controls(training)["state"] == "running"
 
     page.get_by_label("Name of the branch").fill("slower")
@@ -315,7 +316,7 @@ def test_a_change_is_tried_on_twins_and_a_branch_is_made_and_compared(
 
 
 def wait_for_training(folder: Path) -> None:
-    for _ in range(1200):
+    for _ in range(3000):
         if (folder / "controls.json").exists() and steering.controls(folder)["tick"] >= 3:
             return
         time.sleep(0.1)
@@ -323,8 +324,7 @@ def wait_for_training(folder: Path) -> None:
 
 
 def target(folder: Path, path: str) -> float:
-    """What the trainer says, once it has written after the last action."""
-    time.sleep(0.2)
+    """What the trainer says: it is written before an answer is."""
     return float(next(t["now"] for t in steering.controls(folder)["targets"] if t["path"] == path))
 
 
@@ -332,7 +332,7 @@ def target(folder: Path, path: str) -> float:
 
 
 def held(server: str) -> dict[str, int]:
-    with urllib.request.urlopen(f"{server}/-/held", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server}/-/held", timeout=60) as answer:
         return dict(json.load(answer))
 
 
@@ -346,7 +346,7 @@ def test_viewers_come_and_go_and_leave_nothing_and_the_process_ends(browser: Any
             page.wait_for_function("window.tutelage?.drawn")
         threads = held(url)["threads"]
         context.close()
-        for _ in range(200):
+        for _ in range(600):
             now = held(url)
             if not any(now[what] for what in ("pages", "present", "lives", "viewers")):
                 break
@@ -354,7 +354,7 @@ def test_viewers_come_and_go_and_leave_nothing_and_the_process_ends(browser: Any
         assert [now[what] for what in ("pages", "present", "lives", "viewers")] == [0, 0, 0, 0]
         assert now["threads"] <= threads
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) is not None
+        assert process.wait(60) is not None
     finally:
         if process.poll() is None:
             process.kill()

@@ -308,6 +308,8 @@ def answer(run: Run, request: Request, *, state: str, **more: Any) -> None:
     if run.engine.world.rank or request.get("actor") in ("policy", "recipe"):
         return
     folder, name = run.folder / "answers", request["id"]
+    if state in ("applied", "waiting"):  # whoever reads the answer finds what can be steered as it is after it
+        controls.write(run, state="paused" if run.standing.stopped_at(run.clock.tick) else "running", sync=True)
     text = dumps({**request, "state": state, **more})
     if _ID.fullmatch(name):
         folder.mkdir(exist_ok=True)
