@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 import urllib.request
@@ -15,6 +16,7 @@ import pytest
 
 from tests.server.conftest import serve
 from tutelage import steering
+from tutelage.trying import Try
 
 WIDE, NARROW = (1280, 800), (390, 844)
 TABS = ("Curves", "Steer", "Try", "Talk", "Batches", "Log", "Runs")
@@ -149,6 +151,22 @@ def test_other_stages_are_laid_over_the_charts(open_page: Any) -> None:
     page.wait_for_function("""() => [...document.querySelectorAll('.chart')].some((e) =>
         getElement(Number(e.id.slice(1))).chart?.getOption().series.some(
             (s) => s.name.endsWith('· demo/base') && s.data.length > 100))""")
+
+
+def test_a_try_that_is_not_over_is_seen_by_whoever_loads_the_page_anew(open_page: Any, runs: Path) -> None:
+    tried = Try("x1", runs / "demo/base/1", [{"do": "scale", "path": "optim.lr", "by": 0.5}], 4, "anna", tick=7)
+    try:
+        tried.state = "running"
+        tried.write()
+        page = open_page("demo/base")
+        press(page, "3")
+        page.get_by_text("A try from tick 7 is not over").wait_for()
+        loss = {"mean": -0.1, "low": -0.2, "high": 0.0}
+        tried.state, tried.result = "measured", {"steps": 4, "same_batches": 4, "loss": loss, "late": None}
+        tried.write()
+        page.get_by_role("button", name="Adopt").wait_for()
+    finally:
+        shutil.rmtree(tried.place)
 
 
 # -- who may, and by which means -----------------------------------------------------------------------------------------
