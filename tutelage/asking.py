@@ -98,7 +98,9 @@ def effects(entry: dict[str, Any]) -> list[str]:
                 f"   in use {short(change['used'])}" if change.get("used", change.get("now")) != change["now"] else ""
             )
             lines.append(f"  {change['what']}{group}  {short(change['was'])} → {short(change['now'])}{used}")
-        if "text" in effect:
+        if "failed" in effect:
+            lines.append(f"  no text: {effect['failed']}")
+        elif "text" in effect:
             lines.append(f"  {effect['text']!r}")
         lines += [f"  {name}  {short(value)}" for name, value in (effect.get("values") or {}).items()]
         if effect["do"] in ("save", "branch", "rollback"):

@@ -64,6 +64,10 @@ def send(
     if id is not None and not _ID.fullmatch(id):
         raise UserError(f"id: '{id}': letters, digits, - and _, at most 64")
     request = {"by": by, "actor": actor, "do": do, "why": why, "dry": dry}
+    try:
+        dumps(request).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise UserError("a request is text and numbers that a file can hold, in few levels") from error
     id = id or new_id()
     place = folder / "requests"
     place.mkdir(exist_ok=True)

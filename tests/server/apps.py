@@ -53,7 +53,7 @@ class Served:
         """Seconds until it had gone after a signal."""
         start = time.monotonic()
         self.process.send_signal(number)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
         return time.monotonic() - start
 
 

@@ -55,6 +55,15 @@ def child(module: str, *args: object, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to go, and see that it has gone."""
+    process.terminate()
+    try:
+        process.wait(120)
+    finally:
+        process.kill()
+
+
 def serve(runs: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
     """A server of `runs`, once it answers, and its address."""
     with socket.socket() as free:
@@ -103,8 +112,7 @@ def training(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     home = tmp_path_factory.mktemp("toy")
     process = child("tests.server.training", home, runs, log=home / "run.log")
     yield runs / "toy" / "one" / "1"
-    process.terminate()
-    process.wait(30)
+    end(process)
 
 
 @pytest.fixture(scope="session")
@@ -112,5 +120,4 @@ def server(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     """The address of a server of all these runs."""
     process, url = serve(runs, tmp_path_factory.mktemp("server") / "server.log")
     yield url
-    process.terminate()
-    process.wait(20)
+    end(process)

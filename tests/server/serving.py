@@ -15,6 +15,8 @@ from nicegui import Client
 from tutelage.server.app import Process, build
 from tutelage.server.page import mount
 
+POOLS = ("feed", "look", "asyncio", "AnyIO")  # threads of bounded number, made when first there is work for them
+
 
 def main(runs: Path, port: int) -> None:
     app = build(runs)
@@ -26,7 +28,7 @@ def main(runs: Path, port: int) -> None:
         return (
             counts
             | {"viewers": sum(feed.viewers for feed in house.desk.feeds._feeds.values())}
-            | {"threads": threading.active_count()}
+            | {"threads": sum(not thread.name.startswith(POOLS) for thread in threading.enumerate())}
         )
 
     house = mount(app)

@@ -30,6 +30,7 @@ from tutelage.server import work
 from tutelage.server.auth import Tokens
 
 BASE = "/api/runs/demo/base"
+PATIENCE = 60  # seconds: for a machine with much else to do
 
 
 @pytest.fixture
@@ -53,15 +54,15 @@ def add(folder: Path, first: int, last: int) -> None:
 
 def socket_of(served: Served, stage: str = "demo/live", **query: Any) -> ClientConnection:
     asked = "&".join(f"{key}={value}" for key, value in query.items())
-    return connect(f"{served.url.replace('http', 'ws')}/ws/{stage}?{asked}", max_size=None)
+    return connect(f"{served.url.replace('http', 'ws')}/ws/{stage}?{asked}", max_size=None, open_timeout=PATIENCE)
 
 
 def take(ws: ClientConnection, *, until: Callable[[dict[int, int]], bool], seen: dict[int, int]) -> int:
     """Points of the loss into `seen` (number to tick) until that is enough; returns the last number."""
-    last, end = 0, time.monotonic() + 15
+    last, end = 0, time.monotonic() + PATIENCE
     while not until(seen):
         assert time.monotonic() < end, seen
-        message = strict(ws.recv(timeout=15))
+        message = strict(ws.recv(timeout=PATIENCE))
         parts = [message] if message["type"] == "snapshot" else message.get("parts", [])
         for part in parts:
             points = part.get("series", {}).get("loss", {"seq": [], "tick": []})
@@ -147,14 +148,15 @@ def test_a_request_passes_through_the_folder_and_its_answer_comes_back(runs: Pat
     def trainer() -> None:
         time.sleep(0.3)
         (folder / "answers").mkdir()
-        (folder / "answers/a1.json").write_text(
-            dumps({**request, "state": "dry", "tick": 10, "effects": [{"x": math.nan}]})
+        write_whole(
+            folder / "answers/a1.json",
+            dumps({**request, "state": "dry", "tick": 10, "effects": [{"x": math.nan}]}),
         )
         path.unlink()
 
     thread = threading.Thread(target=trainer)
     thread.start()
-    answer = client.get(f"{BASE}/actions/a1?wait=10")
+    answer = client.get(f"{BASE}/actions/a1?wait={PATIENCE}")
     thread.join()
     assert strict(answer.content)["state"] == "dry" and answer.json()["effects"] == [{"x": "nan"}]
 
@@ -186,7 +188,7 @@ def test_heavy_work_has_an_end(client: TestClient, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("tutelage.server.api.COUNT", 0.05)
     start = time.monotonic()
     answer = client.get("/api/compare?a=demo/base&b=demo/merged")
-    assert answer.status_code == 400 and "was ended" in answer.json()["error"] and time.monotonic() - start < 5
+    assert answer.status_code == 400 and "was ended" in answer.json()["error"] and time.monotonic() - start < 30
 
 
 def test_two_stages_are_compared_in_a_process_of_its_own(client: TestClient) -> None:
@@ -248,12 +250,12 @@ def test_a_reconnecting_viewer_gets_each_point_once_and_the_process_ends_at_once
     assert [seen[seq] for seq in sorted(seen)] == list(range(1, 46))
     viewers = [socket_of(server) for _ in range(50)]
     for ws in viewers:
-        assert strict(ws.recv(timeout=15))["type"] in ("loading", "snapshot")
-    assert server.end() < 5
+        assert strict(ws.recv(timeout=PATIENCE))["type"] in ("loading", "snapshot")
+    assert server.end() < 15  # it stays for no viewer; alone on its machine, it takes half a second
     for ws in viewers:
         with pytest.raises((ConnectionClosed, TimeoutError)):
             while True:
-                ws.recv(timeout=5)
+                ws.recv(timeout=1)
 
 
 def test_a_server_that_was_killed_and_came_back_gives_everything_anew(
@@ -289,14 +291,16 @@ def test_a_proxy_path_is_served_whether_the_proxy_leaves_it_on_or_not(
     root = server.url.removesuffix("/user/anna/proxy/8765")
     head = {"authorization": f"Bearer {token}"}
     for url in (server.url, root):
-        assert httpx.get(f"{url}/api/runs").status_code == 401
-        assert httpx.get(f"{url}/api/runs", headers={**head, "host": "hub.example.org"}).json()["stages"]
-    with httpx.Client() as browser:
+        assert httpx.get(f"{url}/api/runs", timeout=PATIENCE).status_code == 401
+        asked = {**head, "host": "hub.example.org"}
+        assert httpx.get(f"{url}/api/runs", headers=asked, timeout=PATIENCE).json()["stages"]
+    with httpx.Client(timeout=PATIENCE) as browser:
         opened = browser.get(f"{server.url}/enter", params={"key": server.key})
         assert "path=/user/anna/proxy/8765/" in opened.headers["set-cookie"].lower()
         assert browser.get(f"{server.url}/api").json()["you"]["scope"] == "admin"
-    assert "/user/anna/proxy/8765" in httpx.get(f"{root}/openapi.json", headers=head).json()["servers"][0]["url"]
-    assert server.end(signal.SIGINT) < 5
+    told = httpx.get(f"{root}/openapi.json", headers=head, timeout=PATIENCE).json()
+    assert "/user/anna/proxy/8765" in told["servers"][0]["url"]
+    assert server.end(signal.SIGINT) < 15
 
 
 def test_feeds_that_nobody_looks_at_are_let_go_of(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,5 +312,7 @@ def test_feeds_that_nobody_looks_at_are_let_go_of(runs: Path, monkeypatch: pytes
         for stage in ("base", "code--low", "merged"):
             assert client.get(f"/api/runs/demo/{stage}").status_code == 200
         assert len(feeds._feeds) <= 2
-        time.sleep(0.6)
+        until = time.monotonic() + PATIENCE
+        while feeds._feeds and time.monotonic() < until:
+            time.sleep(0.02)
         assert feeds._feeds == {} and feeds._news == {} and feeds._tasks == {}

@@ -58,14 +58,14 @@ def http(stage: Beside) -> Iterator[Http]:
     assert line.startswith("MCP at http://127.0.0.1:"), line
     yield Http(line.removeprefix("MCP at ").strip(), made)
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(20)
+    process.wait(60)
 
 
 @contextlib.asynccontextmanager
 async def by_http(http: Http, token: str) -> AsyncIterator[Any]:
     head = {"Authorization": f"Bearer {token}"}
     async with (
-        httpx2.AsyncClient(headers=head, trust_env=False, timeout=60) as client,
+        httpx2.AsyncClient(headers=head, trust_env=False, timeout=180) as client,
         mcp.Client(streamable_http_client(http.url, http_client=client)) as found,
     ):
         yield found
@@ -234,7 +234,7 @@ def test_without_a_good_token_nobody_comes_in(stage: Beside, http: Http) -> None
     question = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}}
     head = {"accept": "application/json, text/event-stream"}
     good = {"authorization": f"Bearer {http.tokens['steer']}"}
-    with httpx2.Client(trust_env=False) as client:
+    with httpx2.Client(trust_env=False, timeout=60) as client:
         post = lambda **more: client.post(http.url, json=question, headers={**head, **more}).status_code  # noqa: E731
         assert post() == 401 and post(authorization="Bearer tut_nonsense") == 401
         assert post(**good) == 200

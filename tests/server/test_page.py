@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 import urllib.request
@@ -15,9 +16,14 @@ import pytest
 
 from tests.server.conftest import serve
 from tutelage import steering
+from tutelage.trying import Try
 
 WIDE, NARROW = (1280, 800), (390, 844)
 TABS = ("Curves", "Steer", "Try", "Talk", "Batches", "Log", "Runs")
+
+# a page that was opened before the server had read the stage's numbers says so, and is filled in later
+READ = """() => { const loss = document.querySelector('[aria-label="loss"]')?.innerText ?? "reading";
+    return !loss.includes("reading") && !/^–$/m.test(loss); }"""
 
 
 @pytest.fixture
@@ -30,13 +36,14 @@ def open_page(browser: Any, server: str, anna: dict[str, str]) -> Iterator[Any]:
         context = browser.new_context(viewport=view, color_scheme=scheme, extra_http_headers=headers)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
         page.on("dialog", lambda dialog: (wrong.append("a script of a run's text was run"), dialog.dismiss()))
         page.on("request", lambda asked: wrong.append(asked.url) if outside(asked.url) else None)
         page.goto(f"{server}/stage/{stage}")
         page.wait_for_function("window.tutelage?.drawn")
+        page.wait_for_function(READ)
         return page
 
     def outside(url: str) -> bool:
@@ -76,9 +83,9 @@ def test_the_first_screen_says_it_all_without_scrolling(open_page: Any, size: tu
         place = part.bounding_box()
         assert place["y"] >= 0 and place["y"] + place["height"] <= size[1], part
         assert place["x"] >= 0 and place["x"] + place["width"] <= size[0], part
+    page.get_by_text("300 of 600 step").wait_for()
     words = page.locator(".first").inner_text()
     assert re.search(r"prose\s+3\.\d+\s+▲ \+0\.\d+ alarm", words) and "of 3.00e-3 at the schedule's peak" in words
-    assert "300 of 600 step" in words
 
 
 def test_the_rate_on_the_page_is_that_of_the_folder(open_page: Any, runs: Path) -> None:
@@ -146,6 +153,22 @@ def test_other_stages_are_laid_over_the_charts(open_page: Any) -> None:
     page.wait_for_function("""() => [...document.querySelectorAll('.chart')].some((e) =>
         getElement(Number(e.id.slice(1))).chart?.getOption().series.some(
             (s) => s.name.endsWith('· demo/base') && s.data.length > 100))""")
+
+
+def test_a_try_that_is_not_over_is_seen_by_whoever_loads_the_page_anew(open_page: Any, runs: Path) -> None:
+    tried = Try("x1", runs / "demo/base/1", [{"do": "scale", "path": "optim.lr", "by": 0.5}], 4, "anna", tick=7)
+    try:
+        tried.state = "running"
+        tried.write()
+        page = open_page("demo/base")
+        press(page, "3")
+        page.get_by_text("A try from tick 7 is not over").wait_for()
+        loss = {"mean": -0.1, "low": -0.2, "high": 0.0}
+        tried.state, tried.result = "measured", {"steps": 4, "same_batches": 4, "loss": loss, "late": None}
+        tried.write()
+        page.get_by_role("button", name="Adopt").wait_for()
+    finally:
+        shutil.rmtree(tried.place)
 
 
 # -- who may, and by which means -----------------------------------------------------------------------------------------
@@ -285,7 +308,7 @@ def test_a_change_is_tried_on_twins_and_a_branch_is_made_and_compared(
 ) -> None:
     wait_for_training(training)
     page = open_page("toy/one")
-    page.set_default_timeout(180_000)
+    page.set_default_timeout(600_000)
     page.wait_for_function("!document.querySelector('.pill').innerText.includes('stopped')")
     press(page, "3")
     card = page.get_by_role("region", name="twins")
@@ -294,14 +317,10 @@ def test_a_change_is_tried_on_twins_and_a_branch_is_made_and_compared(
     card.get_by_text("two twins of 4 steps from tick").wait_for()  # the cost is told, and nothing is paused yet
     assert steering.controls(training)["state"] == "running" and not list(training.parent.glob("tries/*/changed"))
     card.get_by_role("button", name="Try it").click()
-    card.get_by_role("cell", name="loss", exact=True).wait_for()
+    card.get_by_role("cell", name="loss", exact=True).or_(card.locator(".bad")).first.wait_for()
     assert "4 of 4 steps saw the same batch" in card.inner_text() and steering.controls(training)["state"] == "paused"
     card.get_by_role("button", name="Discard").click()
     card.get_by_text("Discarded").wait_for()
-    for _ in range(100):
-        if steering.controls(training)["state"] == "running":
-            break
-        time.sleep(0.1)
     assert steering.controls(training)["state"] == "running"
 
     page.get_by_label("Name of the branch").fill("slower")
@@ -317,7 +336,7 @@ def test_a_change_is_tried_on_twins_and_a_branch_is_made_and_compared(
 
 
 def wait_for_training(folder: Path) -> None:
-    for _ in range(1200):
+    for _ in range(3000):
         if (folder / "controls.json").exists() and steering.controls(folder)["tick"] >= 3:
             return
         time.sleep(0.1)
@@ -325,8 +344,7 @@ def wait_for_training(folder: Path) -> None:
 
 
 def target(folder: Path, path: str) -> float:
-    """What the trainer says, once it has written after the last action."""
-    time.sleep(0.2)
+    """What the trainer says: it is written before an answer is."""
     return float(next(t["now"] for t in steering.controls(folder)["targets"] if t["path"] == path))
 
 
@@ -334,7 +352,7 @@ def target(folder: Path, path: str) -> float:
 
 
 def held(server: str) -> dict[str, int]:
-    with urllib.request.urlopen(f"{server}/-/held", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server}/-/held", timeout=60) as answer:
         return dict(json.load(answer))
 
 
@@ -348,7 +366,7 @@ def test_viewers_come_and_go_and_leave_nothing_and_the_process_ends(browser: Any
             page.wait_for_function("window.tutelage?.drawn")
         threads = held(url)["threads"]
         context.close()
-        for _ in range(200):
+        for _ in range(600):
             now = held(url)
             if not any(now[what] for what in ("pages", "present", "lives", "viewers")):
                 break
@@ -356,7 +374,7 @@ def test_viewers_come_and_go_and_leave_nothing_and_the_process_ends(browser: Any
         assert [now[what] for what in ("pages", "present", "lives", "viewers")] == [0, 0, 0, 0]
         assert now["threads"] <= threads
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) is not None
+        assert process.wait(60) is not None
     finally:
         if process.poll() is None:
             process.kill()

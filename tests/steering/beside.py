@@ -43,7 +43,7 @@ class Beside:
         except BaseException as error:
             self.error = error
 
-    def until(self, true: Callable[[], Any], *, seconds: float = 60) -> None:
+    def until(self, true: Callable[[], Any], *, seconds: float = 180) -> None:
         """Wait until something holds."""
         end = time.monotonic() + seconds
         while not true():
@@ -58,12 +58,12 @@ class Beside:
     def person(self, *do: dict[str, Any], wait: bool = True) -> dict[str, Any]:
         """What a person asks for, and the answer."""
         id = steering.send(self.folder, list(do), by="ada")
-        return steering.wait(self.folder, id, seconds=60) if wait else {}
+        return steering.wait(self.folder, id, seconds=180) if wait else {}
 
     def finish(self) -> Path:
         """Let it go on to its end; its folder."""
         if steering.controls(self.folder)["state"] == "paused":
             self.person({"do": "resume"}, wait=False)
-        self._thread.join(120)
+        self._thread.join(300)
         assert not self._thread.is_alive() and self.error is None, self.error
         return self.folder

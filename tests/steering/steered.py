@@ -83,12 +83,15 @@ def steered(
     return runs
 
 
+QUIET = 20  # the tick from which on the policy of a stage at work asks for nothing more
+
+
 class Slow(Cools):
     """The same, and it takes its time: a stage that runs as long as a test looks at it."""
 
     def act(self, view: Any) -> list[dict[str, Any]]:
         time.sleep(0.02)
-        return super().act(view) if view.clock.tick < 50 else []
+        return super().act(view) if view.clock.tick < QUIET else []
 
 
 def slow(recipe: dict[str, Any]) -> None:
@@ -98,7 +101,7 @@ def slow(recipe: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def at_work(folder: Path, *, steps: int = 100_000) -> Iterator[Path]:
-    """The folder of a stage that `tutelage run` works on in a process of its own, a few steps after its start."""
+    """The folder of a stage that `tutelage run` works on in a process of its own, once its policy has said all it will."""
     recipe = changed(folder, steps=steps, change=slow)
     (folder / "toy.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "tutelage", "run", str(folder / "toy.yaml"), "--runs", str(folder / "runs")]
@@ -106,7 +109,7 @@ def at_work(folder: Path, *, steps: int = 100_000) -> Iterator[Path]:
         process = subprocess.Popen([*command, "--only", "one"], stdout=said, stderr=said)
     stage, until = folder / "runs/toy/one/1", time.monotonic() + 300
     try:
-        while not (stage / "controls.json").exists() or steering.controls(stage)["tick"] < 5:
+        while not (stage / "controls.json").exists() or steering.controls(stage)["tick"] <= QUIET:
             assert process.poll() is None and time.monotonic() < until, (folder / "said").read_text()
             time.sleep(0.05)
         yield stage

@@ -64,6 +64,80 @@ def test_a_person_wins_at_the_same_tick_and_holds_for_a_while(tmp_path: Path) ->
     assert "a person changed optim.lr at tick 2" in answer(home, "soon")["error"]
 
 
+def test_one_request_does_not_take_in_two_steps_what_a_limit_forbids_in_one(tmp_path: Path) -> None:
+    """Twice the most, under both names of the rate, or behind an action that is told before it."""
+    note = {"do": "note", "text": "x"}
+    script = {
+        1: [[("twice", agent(scale(2.0), scale(2.0)))]],
+        2: [
+            [("named", agent({"do": "set", "path": LR, "to": 1.5e-2}, {"do": "scale", "path": "optim.base", "by": 2}))]
+        ],
+        3: [
+            [
+                (
+                    "behind",
+                    agent({"do": "drop_source", "name": "b"}, {"do": "add_source", "name": "b"}, note, scale(100.0)),
+                )
+            ]
+        ],
+        4: [[("once", agent(scale(2.0)))]],
+        5: [[("person", ask(scale(2.0), scale(0.25)))]],
+    }
+
+    def change(recipe: dict[str, Any]) -> None:
+        recipe["stages"]["one"]["data"]["b"] = recipe["stages"]["two"]["data"]["b"]
+        recipe["stages"]["one"]["steering"] = {"agent": {"approve": []}}
+
+    home = run(tmp_path, script, change=change)
+    states = {name: answer(home, name)["state"] for name in ("twice", "named", "behind", "once", "person")}
+    assert states == {
+        "twice": "refused",
+        "named": "refused",
+        "behind": "refused",
+        "once": "applied",
+        "person": "applied",
+    }
+    assert "changed twice" in answer(home, "named")["error"] and "leaves ×" in answer(home, "behind")["error"]
+    rates = [row["lr"] for row in numbers(home, kind="train")]
+    assert rates == pytest.approx([1e-2] * 4 + [2e-2] + [1e-2] * 3)
+
+
+def test_an_undo_is_judged_by_what_it_does(tmp_path: Path) -> None:
+    """Of a person's change, of an agent's own, and back to the weights before it, which waits as a rollback does."""
+    script = {
+        1: [[("mine", ask({"do": "set", "path": LR, "to": 5e-3}))]],
+        2: [[("unmine", agent({"do": "undo", "id": "mine"}))]],
+        3: [[("own", agent({"do": "set", "path": "engine.clip", "to": 0.5}))]],
+        4: [
+            [
+                ("unown", agent({"do": "undo", "id": "own"})),
+                ("back", agent({"do": "undo", "id": "own", "weights": True})),
+            ]
+        ],
+    }
+    home = run(tmp_path, script)
+    states = {name: answer(home, name)["state"] for name in ("mine", "unmine", "own", "unown", "back")}
+    assert states == {"mine": "applied", "unmine": "refused", "own": "applied", "unown": "applied", "back": "waiting"}
+    assert "a person changed optim.lr" in answer(home, "unmine")["error"]
+    assert "`rollback` waits" in answer(home, "back")["error"]
+
+
+def test_an_end_put_forward_waits_as_an_end_does(tmp_path: Path) -> None:
+    script = {
+        2: [
+            [
+                ("nearer", agent({"do": "extend", "until": "3step"})),
+                ("further", agent({"do": "extend", "until": "9step"})),
+            ]
+        ],
+        3: [[("past", ask({"do": "extend", "until": "2step"}))]],
+    }
+    home = run(tmp_path, script)
+    states = {name: answer(home, name)["state"] for name in ("nearer", "further", "past")}
+    assert states == {"nearer": "waiting", "further": "applied", "past": "refused"}
+    assert numbers(home)[-1]["step"] == 9
+
+
 def test_what_is_risky_waits_for_a_person(tmp_path: Path) -> None:
     script = {
         2: [[("end", agent({"do": "end_stage"})), ("more", agent({"do": "reset", "modules": ["*norm*"]}))]],

@@ -227,7 +227,7 @@ def test_to_look_is_no_hindrance_to_who_begins(runs: Path) -> None:
     folder = lay(runs, "demo/one")
     looking = subprocess.Popen(
         [sys.executable, "-c", f"import fcntl, time; f = open('{folder}/lock'); fcntl.flock(f, fcntl.LOCK_SH); "
-         "print(flush=True); time.sleep(0.1)"],
+         "print(flush=True); time.sleep(0.1); fcntl.flock(f, fcntl.LOCK_UN)"],
         stdout=subprocess.PIPE,
     )  # fmt: skip
     assert looking.stdout is not None

@@ -85,7 +85,7 @@ def test_dry_is_only_asked_and_a_refusal_is_an_exit_code(stage: Path, runs: Path
 def test_a_pause_steps_and_a_sample(stage: Path, runs: Path) -> None:
     tick = told(steer(runs, "pause", "--json"))["tick"]
     told(steer(runs, "step", "3", "--json"))
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while steering.controls(stage)["tick"] < tick + 3 and time.monotonic() < until:
         time.sleep(0.05)
     text = told(steer(runs, "sample", "the cat", "--tokens", "5", "--json"))

@@ -43,7 +43,7 @@ def running(stage: Path) -> Path:
 
 def passes(folder: Path, tick: int) -> bool:
     """Whether the stage comes past a tick."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while time.monotonic() < until:
         if steering.controls(folder)["tick"] > tick:
             return True
@@ -73,8 +73,7 @@ def test_the_plain_twin_is_what_the_stage_itself_does_next(running: Path) -> Non
     assert set(result["measures"]) == {"bits_per_byte/a", "bits_per_byte/b"}
     trying.settle(tried, adopt=False)
     assert passes(running, tried.tick + 8)
-    steering.wait(running, steering.send(running, [{"do": "pause"}], by="ada"), seconds=60)
-    time.sleep(1.2)  # its numbers are written in batches
+    steering.wait(running, steering.send(running, [{"do": "pause"}], by="ada"), seconds=120)
     mine = steps_of(running, first=tried.tick, last=tried.tick + 6)
     twin = steps_of(tried.place / "plain", first=tried.tick, last=tried.tick + 6)
     assert len(mine) == 6 and mine == twin
@@ -95,8 +94,7 @@ def test_an_adopted_action_gives_the_changed_twins_steps(running: Path) -> None:
     tried = trying.tries(running)[-1]
     assert tried.state == "adopted"
     assert passes(running, tried.tick + 7)
-    steering.wait(running, steering.send(running, [{"do": "pause"}], by="ada"), seconds=60)
-    time.sleep(1.2)
+    steering.wait(running, steering.send(running, [{"do": "pause"}], by="ada"), seconds=120)
     mine = steps_of(running, first=tried.tick, last=tried.tick + 5)
     assert mine == steps_of(tried.place / "changed", first=tried.tick, last=tried.tick + 5)
     assert mine[0]["lr"] == pytest.approx(3e-2, rel=0.2)
@@ -125,7 +123,7 @@ def test_what_the_stage_refuses_is_not_tried(running: Path) -> None:
 
 
 def test_a_stage_paused_by_a_person_stays_paused(running: Path) -> None:
-    steering.wait(running, steering.send(running, [{"do": "pause"}], by="bob"), seconds=60)
+    steering.wait(running, steering.send(running, [{"do": "pause"}], by="bob"), seconds=120)
     tried = trying.run_try(trying.begin_try(running, TRIPLED, 3, by="ada"))
     trying.settle(tried, adopt=True)
     assert steering.controls(running)["state"] == "paused"

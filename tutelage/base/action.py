@@ -35,7 +35,7 @@ class Set(Strict):
             raise ValueError("a value is a number or a span, not true or false")
         try:
             return float(value)  # `3e-4` is text in YAML 1.1
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return value
 
 
@@ -118,6 +118,11 @@ class Sample(Strict):
     prompt: str = Field("", max_length=20_000)
     tokens: int = Field(64, ge=1, le=512)
     temperature: float = Field(1.0, ge=0, le=5)
+
+    @field_validator("temperature")
+    @classmethod
+    def _cold(cls, value: float) -> float:
+        return value if value >= 1e-3 else 0.0  # logits over less than that are infinite in half precision
 
 
 class Pause(Strict):
@@ -260,4 +265,6 @@ def parse(value: dict[str, Any], *, place: str) -> Action:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{place}: {key or 'do'}: {first['msg']} (got {first.get('input')!r})") from error
+        got = repr(first.get("input"))
+        got = got if len(got) <= 200 else f"{got[:200]} …"
+        raise UserError(f"{place}: {key or 'do'}: {first['msg']} (got {got})") from error

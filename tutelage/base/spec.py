@@ -189,18 +189,32 @@ class ActorSpec(Strict):
     approve: list[str] = Field(default_factory=list, description="actions that wait for a person")
 
 
+class AgentSpec(ActorSpec):
+    """Agents: what a recipe does not say of them stays as it is here."""
+
+    limits: dict[str, LimitSpec] = Field(
+        default_factory=lambda: {"optim.lr": LimitSpec(by=(0.5, 2.0))}, description="by steerable value"
+    )
+    approve: list[str] = Field(
+        default_factory=lambda: ["rollback", "reset", "end_stage", "add_source", "drop_source", "branch"],
+        description="actions that wait for a person",
+    )
+
+
+class PolicySpec(ActorSpec):
+    """Policies: what a recipe does not say of them stays as it is here."""
+
+    limits: dict[str, LimitSpec] = Field(
+        default_factory=lambda: {"optim.lr": LimitSpec(by=(0.1, 10.0))}, description="by steerable value"
+    )
+    budget: int = Field(1000, ge=0, description="requests done in this stage")
+
+
 class SteeringSpec(Strict):
     """Who may change a running stage, and how far. Persons may do everything."""
 
-    agent: ActorSpec = Field(
-        default_factory=lambda: ActorSpec(
-            limits={"optim.lr": LimitSpec(by=(0.5, 2.0))},
-            approve=["rollback", "reset", "end_stage", "add_source", "drop_source", "branch"],
-        )
-    )
-    policy: ActorSpec = Field(
-        default_factory=lambda: ActorSpec(limits={"optim.lr": LimitSpec(by=(0.1, 10.0))}, budget=1000)
-    )
+    agent: AgentSpec = Field(default_factory=AgentSpec)
+    policy: PolicySpec = Field(default_factory=PolicySpec)
     hold: StepsField = Field(Span(200, "step"), description="so long nobody else changes what a person has set")
     replay: bool = Field(False, description="policies only follow; what they did stands under `actions`")
 

@@ -84,13 +84,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  held until the block ends
     try:
-        for left in reversed(range(20)):
+        for left in reversed(range(100)):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if left:  # somebody who only looks whether the stage is at work lets go at once
-                    time.sleep(0.01)
+                    time.sleep(0.02)
                     continue
                 handle.seek(0)
                 who = handle.read().strip() or "another process"
@@ -197,6 +197,9 @@ class Metrics:
                             self._file.flush()
                             os.fsync(self._file.fileno())
                 elif isinstance(item, tuple):
+                    if not self._failed:  # readers of the small file find the rows from before it
+                        with disk_errors(self.path):
+                            self._file.flush()
                     _replace(*item)
                 elif not self._failed:
                     with disk_errors(self.path):

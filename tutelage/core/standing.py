@@ -100,7 +100,10 @@ class Standing:
     def judge(
         self, acts: list[Action], effects: list[dict[str, Any]], *, actor: str, tick: int, approved: bool = False
     ) -> None:
-        """UserError for what this actor may not do now; Waits for what a person must allow first."""
+        """UserError for what this actor may not do now; Waits for what a person must allow first.
+
+        acts: what is done, one with its effect, an `undo` as the actions that it stands for.
+        """
         if actor in ("person", "recipe"):
             return
         only = sorted({act.do for act in acts} & PERSONS_ONLY)
@@ -111,11 +114,22 @@ class Standing:
         rules: ActorSpec = getattr(self.rules, actor)
         if self.counts[actor] >= rules.budget and any(act.do != "note" for act in acts):
             raise UserError(f"the budget of {rules.budget} requests is spent (steering.{actor}.budget)")
-        for act in acts:
-            self._free(target(act), actor=actor, tick=tick)
+        touched = [target(act) for act in acts]
+        for path in touched:
+            self._free(path, actor=actor, tick=tick)
+        twice = next(
+            (
+                act
+                for act, path in zip(acts, touched, strict=True)
+                if act.do in ("set", "scale") and touched.count(path) > 1
+            ),
+            None,
+        )
+        if twice is not None:  # each would stay within limits that both together leave
+            raise UserError(f"{touched[acts.index(twice)]} is changed twice in one request; say once what it shall be")
         for effect in effects:
             self._within(effect, rules, actor=actor, tick=tick)
-        risky = [act.do for act in acts if act.do in rules.approve]
+        risky = [name for act, effect in zip(acts, effects, strict=True) if (name := _as(act, effect)) in rules.approve]
         if risky and not approved:
             raise Waits(f"`{risky[0]}` waits for a person (steering.{actor}.approve)")
 
@@ -149,3 +163,10 @@ class Standing:
             raise UserError(
                 f"{path} from {was:g} to {now:g} leaves ×[{low:g}, {high:g}] per {window} steps (steering.{actor}.limits)"
             )
+
+
+def _as(act: Action, effect: dict[str, Any]) -> str:
+    """What an action amounts to: an end put forward ends the stage."""
+    if act.do == "extend" and effect["changes"][0]["now"] < effect["changes"][0]["was"]:
+        return "end_stage"
+    return act.do

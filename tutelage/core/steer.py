@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
 LARGEST = 1 << 20  # bytes of a request
+DEEPEST = 64  # lists and mappings within each other in a request
 POLL = 0.05  # seconds between two looks at the requests while paused
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}")
 
@@ -131,11 +134,13 @@ def decide(run: Run, request: Request) -> None:
     place = f"request {request['id']}"
     try:
         actions = checked(run, request, place)
-        effects = [acts.effect(run, action) for action in actions] if _apart(actions) else []
         if request.get("dry"):
+            effects = [acts.effect(run, action) for action in actions]
             return answer(run, request, state="dry", tick=run.clock.tick, effects=effects)
+        plain_acts = acts.unfolded(actions)
+        effects = [acts.effect(run, action) for action in plain_acts]
         run.standing.judge(
-            actions, effects, actor=request["actor"], tick=run.clock.tick, approved=bool(request.get("approved"))
+            plain_acts, effects, actor=request["actor"], tick=run.clock.tick, approved=bool(request.get("approved"))
         )
     except Waits as wait:
         if not request.get("dry"):
@@ -160,11 +165,6 @@ def decide(run: Run, request: Request) -> None:
         if action.do in ("approve", "refuse"):
             _settle(run, action, by=request["by"])
     return None
-
-
-def _apart(actions: list[Action]) -> bool:
-    """Whether each action's effect can be told before the others are done: not of a source that is still to be added."""
-    return not any(action.do == "add_source" for action in actions[:-1])
 
 
 def checked(run: Run, request: Request, place: str) -> list[Action]:
@@ -263,8 +263,7 @@ def collect(run: Run) -> list[Request]:
     world, found = run.engine.world, []
     if world.rank == 0:
         folder = run.folder / "requests"
-        with_ages = [(path.stat().st_mtime_ns, path) for path in _files(folder)]
-        for _, path in sorted(with_ages):
+        for path in _files(folder):
             request = _read(run, path)
             if request is not None:
                 found.append(request)
@@ -274,11 +273,15 @@ def collect(run: Run) -> list[Request]:
 
 
 def _files(folder: Path) -> list[Path]:
-    try:
-        names = sorted(path for path in folder.iterdir() if path.suffix == ".json" and not path.name.startswith("."))
-    except FileNotFoundError:
-        return []
-    return names
+    """Requests, oldest first. What is no plain file (a folder, a pipe, a link) is no request; one may be taken back."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".json") and not entry.name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file(follow_symlinks=False):
+                        found.append((entry.stat(follow_symlinks=False).st_mtime_ns, Path(entry.path)))
+    return [path for _, path in sorted(found)]
 
 
 def _read(run: Run, path: Path) -> Request | None:
@@ -287,9 +290,7 @@ def _read(run: Run, path: Path) -> Request | None:
     try:
         if not _ID.fullmatch(name):
             raise UserError("an id has letters, digits, '-', '_', '.' and '=', at most 64")
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"a request has at most {LARGEST} bytes")
-        request = json.loads(path.read_text(encoding="utf-8"))
+        request = _loaded(path)
         if not (isinstance(request, dict) and request.get("by")):
             raise UserError("a request is {by: name, actor: person, do: [actions], why: text}")
         by, actor = str(request["by"])[:100], request.get("actor", "person")
@@ -297,10 +298,45 @@ def _read(run: Run, path: Path) -> Request | None:
             raise UserError(f"by: '{by}', actor: '{actor}': the actor of a request is a person or an agent")
         why, dry = str(request.get("why") or "")[:10_000], bool(request.get("dry"))
         return {"id": name, "by": by, "actor": actor, "do": request.get("do"), "why": why, "dry": dry}
+    except FileNotFoundError:
+        return None  # taken back
     except (UserError, ValueError, OSError, RecursionError) as error:
-        run.say({"warning": f"request {name} refused: {error}"})
+        run.say({"warning": f"request {name!r} refused: {error}"})
         answer(run, {"id": name}, state="refused", tick=run.clock.tick, error=str(error))
         return None
+
+
+def _loaded(path: Path) -> Any:
+    """A request's JSON, read within bounds. ValueError for what could not be written down again as it is."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        data = os.read(handle, LARGEST + 1)
+    finally:
+        os.close(handle)
+    if len(data) > LARGEST:
+        raise UserError(f"a request has at most {LARGEST} bytes")
+    if deepest(data) > DEEPEST:
+        raise UserError(f"a request has at most {DEEPEST} levels")
+    found = json.loads(data)
+    try:
+        dumps(found).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("its text holds half of a surrogate pair, which no file can hold") from error
+    return found
+
+
+def deepest(data: bytes) -> int:
+    """How many brackets are open at most, those within texts counted, too; 0 where there are few."""
+    depth = most = 0
+    if data.count(b"[") + data.count(b"{") <= DEEPEST:
+        return 0
+    for byte in data:
+        if byte in b"[{":
+            depth += 1
+            most = max(most, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return most
 
 
 def answer(run: Run, request: Request, *, state: str, **more: Any) -> None:
@@ -308,6 +344,8 @@ def answer(run: Run, request: Request, *, state: str, **more: Any) -> None:
     if run.engine.world.rank or request.get("actor") in ("policy", "recipe"):
         return
     folder, name = run.folder / "answers", request["id"]
+    if state in ("applied", "waiting"):  # whoever reads the answer finds what can be steered as it is after it
+        controls.write(run, state="paused" if run.standing.stopped_at(run.clock.tick) else "running", sync=True)
     text = dumps({**request, "state": state, **more})
     if _ID.fullmatch(name):
         folder.mkdir(exist_ok=True)

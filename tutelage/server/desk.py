@@ -98,7 +98,10 @@ class Desk:
             do = [{"do": "sample", "prompt": prompt, **parts} for prompt in job["prompts"]]
             id = await self.act(who, folder, do, why="try", address=address)
             found = await self.answer(folder, id, seconds=WAIT)
-            texts = [effect.get("text") for effect in found.get("effects", [])]
+            effects = found.get("effects", [])
+            if failed := next((effect["failed"] for effect in effects if "failed" in effect), ""):
+                raise UserError(f"no text: {failed}")
+            texts = [effect.get("text") for effect in effects]
             return {"id": id, "state": found["state"], "tick": found.get("tick"), "texts": texts} | (
                 {"error": found["error"]} if found.get("error") else {}
             )

@@ -113,6 +113,7 @@ def serve_http(runs: Path, *, port: int, say: Callable[[str], None]) -> None:
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         place.bind(("127.0.0.1", port))
+        place.listen(128)  # from now on nobody is refused: the URL is told before the first answer can be given
     except OSError as error:
         raise UserError(f"--http {port}: {error.strerror}") from error
     url = f"http://127.0.0.1:{place.getsockname()[1]}"

@@ -97,7 +97,7 @@ def mount(app: FastAPI) -> House:
         tailwind=False,
         favicon=FAVICON,
         show_welcome_message=False,
-        reconnect_timeout=5.0,
+        reconnect_timeout=30.0,  # or a browser that was busy for some seconds loads the page anew, and what was typed is gone
         message_history_length=50,
         binding_refresh_interval=None,
         gzip_middleware_factory=lambda inner: GZipMiddleware(inner, compresslevel=3),  # of a megabyte each page once

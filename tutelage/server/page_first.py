@@ -108,6 +108,8 @@ class First:
         change = bits(column.lost, sign=True).replace("-", "−")
         if column.alarm:
             return f"▲ {change} {'alarm' if column.named else 'lost'}", "num bad strong small"
+        if len(column.curve) < 2:
+            return "measured once", "num soft small"
         if column.own:
             return f"{change} learning", "num soft small"
         if not column.known:

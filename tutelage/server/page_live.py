@@ -24,6 +24,7 @@ RECENT = 100  # steps that the time left is told from
 NAMES = (*WANTED, *PREFIXES)
 POINT = ("seq", "tick", "step", "tokens", "value")
 COUNTS = {"tok": "tokens", "step": "step", "sample": "samples", "epoch": "epochs", "flop": "flops"}
+COUNTED = {"step": "steps", "tok": "tokens", "sample": "samples", "epoch": "epochs", "flop": "FLOPs"}
 
 
 @dataclass
@@ -282,7 +283,8 @@ class Live:
         share = 1.0 if self.state == "finished" else number(self.controls["frac"])
         if not total:
             return share, f"step {self.last.get('step', 0):,}"
-        return share, f"{amount(self.last.get('count', 0))} of {amount(total['value'])} {total['unit']}"
+        unit = COUNTED.get(total["unit"], total["unit"])
+        return share, f"{amount(self.last.get('count', 0))} of {amount(total['value'])} {unit}"
 
 
 def _stretches(odd: list[tuple[float, str]]) -> list[tuple[float, float, str, int]]:

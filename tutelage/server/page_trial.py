@@ -27,6 +27,7 @@ class Trial:
 
     def __init__(self, viewer: Viewer) -> None:
         self.viewer = viewer
+        self.busy = False  # a try was begun on this very page
 
     def build(self) -> None:
         text("Try", tag="h3")
@@ -44,10 +45,21 @@ class Trial:
         self.task = asyncio.create_task(self._before())
 
     async def _before(self) -> None:
-        """A try that waits to be adopted or discarded."""
-        found = await self.viewer.house.desk.feeds.look(lambda: trying.tries(self.viewer.live.folder))
-        if found and found[-1].state == "measured" and not self.viewer.gone:
-            self._measured(found[-1])
+        """A try that waits to be adopted or discarded, or is not over yet: whoever loads the page anew sees it too."""
+        waited = False
+        while not self.viewer.gone:
+            found = await self.viewer.house.desk.feeds.look(lambda: trying.tries(self.viewer.live.folder))
+            if self.busy or not found or self.viewer.gone:
+                return
+            if found[-1].state != "running":
+                if found[-1].state == "measured":
+                    self._measured(found[-1])
+                elif waited:
+                    self._say(f"The try is {found[-1].state}. {found[-1].error}", "bad" if found[-1].error else "soft")
+                return
+            waited = True
+            self._say(f"A try from tick {found[-1].tick} is not over; the stage is paused for it.", "warn")
+            await asyncio.sleep(2.0)
 
     def _say(self, said: str, look: str = "soft") -> None:
         if not self.viewer.gone:
@@ -60,6 +72,7 @@ class Trial:
         if not self.path.value or not finite(by) or not 1 <= steps <= 100_000:
             return self._say("A value, a factor, and 1 to 100,000 steps", "bad")
         do = [{"do": "scale", "path": str(self.path.value), "by": by}]
+        self.busy = True
         self._say("Asking the trainer …")
         try:
             self._may()

@@ -19,7 +19,8 @@ from tutelage.core.measure import measure
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
-__all__ = ["OWN", "Trial", "apply", "base_rate", "check", "effect", "factor", "plain", "settle", "steerable", "value"]
+__all__ = ["OWN", "Trial", "apply", "base_rate", "check", "effect", "factor", "plain", "settle", "steerable", "unfolded",
+           "value"]  # fmt: skip
 
 
 def _eval(run: Run, action: Any) -> dict[str, Any]:
@@ -49,6 +50,8 @@ def _sample(run: Run, action: Any) -> dict[str, Any]:
                 seed=run.view.seed_of(f"sample|{action.prompt}"),
                 temperature=action.temperature,
             )
+    except Exception as error:  # a prompt too long, weights that are no numbers: looking must not end the run
+        return {"text": "", "failed": f"{type(error).__name__}: {error}"[:500], "step": run.clock.step}
     finally:
         model.train(training)
     return {"text": text, "step": run.clock.step}
@@ -123,6 +126,12 @@ def check(run: Run, action: Action, trial: Trial, place: str) -> Action:
     action = action.model_copy(deep=True)
     ACTS[action.do][0](run, trial, action, place)
     return action
+
+
+def unfolded(actions: list[Action]) -> list[Action]:
+    """Checked actions, with what an `undo` does in its place: what may be done is judged by what is done."""
+    inner = [action.acts or [] if action.do == "undo" else [action] for action in actions]
+    return [one if not isinstance(one, dict) else parse(one, place="undo") for acts in inner for one in acts]
 
 
 def effect(run: Run, action: Action) -> dict[str, Any]:

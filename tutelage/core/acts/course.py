@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 def _extended(run: Run, trial: Trial, action: Any, place: str) -> None:
     if action.until.unit == "min":
         raise UserError(f"{place}: `extend` in minutes would not replay; write steps, tokens or percent")
+    new = run.totals(action.until)
+    unit = next(iter(new))
+    if new[unit] <= run.clock.count(unit):
+        raise UserError(f"{place}: {action.until} is over already; `end_stage` ends the stage now")
+    _scheduled(run, new, place)
+
+
+def _scheduled(run: Run, total: dict[str, float], place: str) -> None:
+    """UserError where the schedule cannot tell the rate with such an end."""
+    clock = run.clock.copy()
+    clock.total = total
+    try:
+        run.methods.slots["schedule"].factor(clock)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def _total_effect(run: Run, new: dict[str, float]) -> dict[str, Any]:
@@ -49,6 +64,7 @@ def _ended(run: Run, trial: Trial, action: Any, place: str) -> None:
         )
     if action.decay and not action.after.value:
         raise UserError(f"{place}: say how long the fall takes: `after: 10%`")
+    _scheduled(run, _ending(run, action), place)
 
 
 def _after(run: Run, action: Any) -> Span:
