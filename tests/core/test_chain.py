@@ -1,9 +1,11 @@
-"""How far it is from the command to an optimizer's step: the files that docs/architecture.md lists, and no more."""
+"""From the command to a stage: the files on the way are those that docs/architecture.md lists, and no stage stays behind."""
 
 from __future__ import annotations
 
+import gc
 import re
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 import typer
 import yaml
 
+from tests.toy import graph
 from tutelage import cli
+from tutelage.core import run as running
 from tutelage.modalities.text import toy
 
 ROOT = Path(cli.__file__).resolve().parent
@@ -41,3 +45,24 @@ def test_from_run_to_the_first_step_are_the_five_files_of_the_page(
     section = page.split("## From `run` to the first optimizer step")[1].split("##")[0]
     assert chain == re.findall(r"^\| `([\w/]+\.py)", section, re.MULTILINE)
     assert len(chain) <= 5
+
+
+def test_a_stage_is_gone_when_the_next_is_built_in_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU two stages' weights and optimizers would lie there at once, which halves what fits."""
+    build, models = running.build, []
+
+    def seen(node: Any, **kwargs: Any) -> Any:
+        assert [ref() for ref in models if ref() is not None] == []
+        run = build(node, **kwargs)
+        models.append(weakref.ref(run.engine.model))
+        return run
+
+    monkeypatch.setattr(running, "build", seen)
+    gc.disable()  # or it might come by at the right moment
+    try:
+        running.run_graph(graph(tmp_path, steps=2), only=None, jobs=0, drift="refuse", tell=lambda stage, said: None)
+    finally:
+        gc.enable()
+    assert len(models) == 2

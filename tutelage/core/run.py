@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -219,6 +220,7 @@ def threads(node: Node) -> int:
 
 
 def _run_here(node: Node, world: World, result: Result, tell: Tell) -> None:
+    gc.collect()  # the stage before lies in cycles, and would share the device's memory with this one
     torch.set_num_threads(threads(node))
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
