@@ -33,7 +33,7 @@ def gathered(seed: int, place: Path) -> dict[str, Any]:
     """The report's numbers, from the run folders."""
     from tutelage.command import graph_of
     from tutelage.core.report import gather
-    from tutelage.core.run import settle
+    from tutelage.core.settle import settle
 
     graph = graph_of(RECIPE, sets=[f"seed={seed}"], runs=place)
     for node in graph.nodes.values():

@@ -83,7 +83,7 @@ def gathered(path: Path, seed: int, place: Path) -> dict[str, Any]:
     """By arm: bits per byte at the end, what was forgotten, operations of training and of writing what is replayed."""
     from tutelage.command import graph_of
     from tutelage.core.report import gather
-    from tutelage.core.run import settle
+    from tutelage.core.settle import settle
 
     graph = graph_of(path, sets=[f"seed={seed}"], runs=place)
     for node in graph.nodes.values():

@@ -21,7 +21,7 @@ from tutelage.base.values import late_names
 from tutelage.core import artifact, rules
 from tutelage.core.graph import Graph, Node, difference, methods_of
 from tutelage.core.record import read_lines
-from tutelage.core.run import settle
+from tutelage.core.settle import settle
 from tutelage.core.stage import totals
 from tutelage.display import spell
 from tutelage.sampling import Amount

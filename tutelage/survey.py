@@ -127,7 +127,7 @@ def look_at_model(given: str) -> Model:
         raise UserError(f"{given}: config.json names no model_type, so transformers cannot open it")
     held, wanted = _tokenizer(given, folder)
     with torch.device("meta"):
-        shape = _shape(given, folder, config, held)
+        shape = _shape(folder, config, held)
     parts = anatomy(shape)
     count = sum(p.numel() for p in shape.parameters())
     return Model(start, folder, config, count, parts, shape, held, wanted)
@@ -154,16 +154,12 @@ def _tokenizer(given: str, folder: Path | None) -> tuple[Any, str | None]:
     return None, None
 
 
-def _shape(given: str, folder: Path | None, config: dict[str, Any], held: Any) -> nn.Module:
-    cls = models.auto_class(config)
+def _shape(folder: Path | None, config: dict[str, Any], held: Any) -> nn.Module:
     if folder is not None:
         made = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     else:
         made = models.config_of(config, processor=held or tokenizer.bytes_tokenizer(), length=512)
-    try:
-        return cls.from_config(made) if hasattr(cls, "from_config") else cls(made)
-    except ValueError as error:
-        raise UserError(f"{given}: transformers has no language model of type {config['model_type']}") from error
+    return models.fresh(made, models.auto_class(config))
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ import torch
 
 from tutelage.base.errors import UserError
 from tutelage.base.spec import Stage
-from tutelage.core.execute import run_stage
-from tutelage.core.run import threads
+from tutelage.core.run import run_stage, threads
 from tutelage.core.shard import World
 from tutelage.look import node_of
 from tutelage.watching import read

@@ -20,7 +20,8 @@ from tutelage.base import load, registry
 from tutelage.base.errors import UserError
 from tutelage.core import identity
 from tutelage.core.graph import Drift, Graph
-from tutelage.core.run import Result, run_graph, settle
+from tutelage.core.run import Result, run_graph
+from tutelage.core.settle import settle
 from tutelage.display import Display
 from tutelage.look import digest_of
 from tutelage.modalities.text import toy

@@ -45,9 +45,25 @@ def test_empty_repetitive_and_repeated_passages_are_counted_and_replaced():
     assert method.state == {"dropped": 3 + 4}
 
 
+def test_a_model_that_only_repeats_itself_writes_once_more_hotter_and_the_counts_say_so():
+    found, calls = view(lambda seed, i: f"words {seed} {i}" if calls[-1]["temperature"] > 1 else "ha" * 200)
+    method = SelfSamples(passages=6, rows=4)
+    rows = list(method.make({}, found))
+    assert len(rows) == 6 and method.state == {"dropped": 12, "temperature": 4.0}
+    assert [call["temperature"] for call in calls] == [1.0, 1.0, 1.0, 4.0, 4.0]
+    assert len({call["seed"] for call in calls}) == 5
+
+
+def test_a_model_that_says_something_is_never_heated():
+    found, calls = view(lambda seed, i: "said before")
+    method = SelfSamples(passages=6, rows=4)
+    assert len(list(method.make({}, found))) == 1
+    assert {call["temperature"] for call in calls} == {1.0} and "temperature" not in method.state
+
+
 def test_a_model_that_says_nothing_is_an_error():
     found, _ = view(lambda seed, i: "")
-    with pytest.raises(UserError, match="all of 8 passages were empty or repetitive"):
+    with pytest.raises(UserError, match="all of 12 passages were empty or repetitive"):
         list(SelfSamples(passages=4, rows=4).make({}, found))
 
 

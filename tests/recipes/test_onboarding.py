@@ -202,6 +202,35 @@ def test_nothing_is_written_over(here: Path, qwen: Path) -> None:
     assert Path("recipe.yaml").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ({"hiden_size": 32}, "a llama config has no 'hiden_size'; did you mean 'hidden_size'"),
+        ({"hidden_size": "32"}, "expected int, got str"),
+        ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
+        ({"hidden_act": "gelux"}, "cannot build a llama of this config: KeyError: 'gelux'"),
+        ({"model_type": "vit"}, "no language model of type vit"),
+        ("{", "wrong.json:1: not JSON"),
+    ],
+    ids=["misspelled", "kind", "value", "name", "no-language-model", "cut"],
+)
+def test_a_wrong_config_is_one_line(written: Any, says: str, here: Path) -> None:
+    good = {"model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
+    text = written if isinstance(written, str) else json.dumps({**good, **written})
+    (here / "wrong.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        survey.look_at_model("wrong.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_models_own_config_file_is_a_config(here: Path) -> None:
+    """As transformers writes it: with numbers such as 1e-05, which YAML 1.1 takes for text."""
+    families.folder("gpt2", here / "gpt2")
+    assert "1e-05" in (here / "gpt2/config.json").read_text()
+    found = survey.look_at_model("gpt2/config.json")
+    assert found.folder is None and found.config["layer_norm_epsilon"] == 1e-5
+
+
 def test_a_config_makes_fresh_weights_with_a_tokenizer_of_the_datas_own(here: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 2, "max_position_embeddings": 128}  # fmt: skip

@@ -202,6 +202,8 @@ def test_the_same_content_has_the_same_key_whatever_stands_beside_it():
         ("a.bin", bytes(range(256)) * 4, "is a binary file"),
         ("a.txt", "naïve".encode("latin-1"), r"line 1: not UTF-8 \(byte 0xef at offset 2\)"),
         ("a.txt", "text".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", b'{"text": "x"}\n'.decode().encode("utf-16"), "UTF-16; convert"),
+        ("a.jsonl", b'[\n{"text": "x"}\n]\n', "name such a file .json"),
         ("a.parquet", b"no table", "not a readable parquet file"),
         ("a.json", b'[{"text": "a"},\n{"text": }]', "line 2: not JSON"),
         ("a.txt.gz", b"no archive", "cannot be read"),
@@ -209,7 +211,7 @@ def test_the_same_content_has_the_same_key_whatever_stands_beside_it():
 )
 def test_files_that_cannot_be_read_say_why(tmp_path, name, raw, says):
     (tmp_path / name).write_bytes(raw)
-    (found,) = records_of(tmp_path / name)
+    found, *_ = records_of(tmp_path / name)
     assert isinstance(found, Bad)
     assert re.search(says, str(found)), str(found)
 

@@ -22,6 +22,18 @@ def held(tmp_path_factory, bpe):
     return source.build("mine", SourceSpec(path=str(path), val="30%"), bpe, **build)
 
 
+def test_text_that_the_tokenizer_does_not_know_is_told_of(tmp_path, unigram, bpe):
+    """A vocabulary of characters that lacks most of them turns whole words into one token."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(orjson.dumps({"text": f"{SAMPLES[3]} {i}"}) + b"\n" for i in range(20)))
+
+    def told(tokenizer):
+        train, _ = source.build("mine", SourceSpec(path=str(path)), tokenizer, cache=tmp_path / "c", chunk=16)
+        return [line for line in train.report() if "does not know" in line]
+
+    assert len(told(unigram)) == 1 and told(bpe) == []
+
+
 def test_every_token_but_the_first_is_a_label_once(held, bpe):
     for one in held:
         for doc in range(int(one.facts["documents"])):

@@ -15,48 +15,9 @@ from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.core import artifact, forward, quantized, surgery
 from tutelage.core.graph import Node
-from tutelage.core.loop import train
-from tutelage.core.record import dumps, read_lines, sole_writer, write_whole
+from tutelage.core.record import dumps, read_lines, write_whole
 from tutelage.core.shard import World
-from tutelage.core.stage import Opened, Say, build, opened, start_of
-
-
-def run_stage(node: Node, *, world: World, say: Say) -> None:
-    """Run one stage to its artifact. The folder is ours alone meanwhile."""
-    assert node.folder is not None
-    node.folder.mkdir(parents=True, exist_ok=True)
-    if world.rank:
-        _work(node, world, say)
-        return
-    with sole_writer(node.folder):
-        artifact.sweep(node.folder)
-        if not (node.folder / "stage.json").exists():
-            about = {"fingerprint": node.fingerprint, "parts": node.parts, "stage": node.stage.model_dump(mode="json")}
-            write_whole(node.folder / "stage.json", dumps(about))
-        if not node.artifact.exists():
-            _work(node, world, say)
-
-
-def _work(node: Node, world: World, say: Say) -> None:
-    stage = node.stage
-    if stage.make is not None:
-        make(node, world=world, say=say)
-    elif stage.measure is not None:
-        measure(node, world=world, say=say)
-    elif stage.apply is not None:
-        apply(node, world=world, say=say)
-    else:
-        with trackers(node, world, say):
-            run = build(node, world=world, say=say)
-            try:
-                train(run)
-            finally:
-                run.metrics.close()
-        adapter = fold(run)
-        if world.rank == 0:
-            extra = {f"{label}.{n}": t for label, m in run.extra.items() for n, t in artifact.tensors_of(m).items()}
-            publish_model(node, run.engine.model, run.processor, extra=extra, adapter=adapter)
-    world.wait()
+from tutelage.core.stage import Opened, Say, opened, start_of
 
 
 def trackers(node: Node, world: World, say: Say) -> contextlib.AbstractContextManager[Any]:

@@ -103,6 +103,7 @@ def train(run: Run) -> None:
         run.measured = True
         checkpoint.save(run)
     steer.close(run)
+    stop.end()
 
 
 def shape_of(run: Run) -> tuple[int, int]:
@@ -183,9 +184,10 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = 0  # the signal's number
+        self.before: dict[int, Any] = {}
         try:
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                signal.signal(number, self._ask)
+                self.before[number] = signal.signal(number, self._ask)
         except ValueError:  # not the main thread: whoever runs us there handles signals
             pass
 
@@ -193,3 +195,10 @@ class Stop:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = number
+
+    def end(self) -> None:
+        """Signals do again what they did before; a wish too late for the loop reaches whoever heard them then."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.asked:
+            signal.raise_signal(self.asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,19 +21,18 @@ from typing import Any
 import torch
 
 from tutelage.base.errors import UserError, did_you_mean
-from tutelage.base.values import late_bound
-from tutelage.core import hashes, rules
-from tutelage.core.execute import run_stage
-from tutelage.core.graph import Drift, Graph, Node, acts_of_people
-from tutelage.core.loop import Stopped
-from tutelage.core.record import dumps, read_lines
+from tutelage.core import artifact, execute, hashes, rules
+from tutelage.core.graph import Graph, Node, acts_of_people
+from tutelage.core.loop import Stopped, train
+from tutelage.core.record import dumps, sole_writer, write_whole
+from tutelage.core.settle import Choose, settle
 from tutelage.core.shard import World
+from tutelage.core.stage import Say, build
 
 SMALL = 30_000_000  # parameters below which a model is fastest on one thread
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask to stop
 STOPPED = 75  # exit code of a stage that was asked to stop and has saved (EX_TEMPFAIL: try again later)
 Tell = Callable[[str, dict[str, Any]], None]  # stage, where it stands
-Choose = Callable[[Drift], str]  # `reuse` or `retrain`, or raises
 
 
 @dataclass
@@ -65,7 +66,8 @@ def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | 
     result, children = Result(), {}
     here = world.size > 1 or jobs == 0 or torch.cuda.is_available()
     finished: set[str] = set()
-    with _wishes(heard=not here) as wishes:
+    wishes: list[int] = []
+    with _heard(lambda number, frame: wishes.append(number)):
         while waiting or children:
             if wishes:
                 _hand_on(wishes[0], children, waiting, result)
@@ -137,26 +139,6 @@ def _needed(graph: Graph, only: str) -> set[str]:
     return {only, *graph.nodes[only].needs()}
 
 
-def settle(graph: Graph, node: Node, *, drift: str | Choose) -> None:
-    """Put late-bound values and chosen starts in, then find the node's place. Its inputs are there.
-
-    `drift` as in Graph.place, or a function that is asked.
-    """
-    node.stage = late_bound(node.stage, tables(graph, node), name=node.name)
-    starts = [best(graph, start) if isinstance(start, dict) and "best" in start else start for start in node.starts()]
-    if starts != node.starts():
-        node.stage = node.stage.model_copy(
-            update={"start": starts if isinstance(node.stage.start, list) else starts[0]}
-        )
-    graph.fingerprint(node)
-    try:
-        graph.place(node, drift=drift if isinstance(drift, str) else "refuse")
-    except Drift as found:
-        if isinstance(drift, str):
-            raise
-        graph.place(node, drift=drift(found))
-
-
 def _say_steered(node: Node, tell: Tell) -> None:
     """A stage that people steered is no stage of the bare recipe, and whoever goes on from it should know."""
     steered = acts_of_people(node.folder) if node.folder and node.state != "new" else []
@@ -165,38 +147,45 @@ def _say_steered(node: Node, tell: Tell) -> None:
         tell(node.name, {"note": f"steered {len(steered)} times by {who}; going on from it, as no other recipe will"})
 
 
-def tables(graph: Graph, node: Node) -> dict[str, dict[str, float]]:
-    """Values that finished table stages hold, by stage: `name` (of the last model that has it) and `model/name`."""
-    found: dict[str, dict[str, float]] = {}
-    for name in node.inputs:
-        path = graph.nodes[name].folder
-        table = path / "artifact" / "table" / "table.json" if path else None
-        if table and table.exists():
-            rows: dict[str, dict[str, float]] = json.loads(table.read_text())
-            found[name] = {key: value for row in rows.values() for key, value in row.items()}
-            found[name] |= {f"{model}/{key}": value for model, row in rows.items() for key, value in row.items()}
-    return found
+# -- one stage ---------------------------------------------------------------------------------------------------------
 
 
-def best(graph: Graph, choice: dict[str, Any]) -> str:
-    """The made stage with the best last measure, of `{best: [stages], by: metric, better: lower}`; `by: mean` is the mean
-    of bits per byte over all columns."""
-    by, sign = choice.get("by", "mean"), -1.0 if choice.get("better") == "higher" else 1.0
-    scores: dict[str, float] = {}
-    for name in choice["best"]:
-        if graph.nodes[name].state == rules.UNMADE:
-            continue
-        rows = [r for r in read_lines(graph.nodes[name].artifact / "metrics.jsonl") if r["kind"] == "eval"]
-        values = rows[-1]["values"] if rows else {}
-        if by == "mean":
-            bits = [v for k, v in values.items() if k.startswith("bits_per_byte/")]
-            values = {"mean": sum(bits) / len(bits)} if bits else {}
-        if by not in values:
-            raise UserError(
-                f"`best` by '{by}': stage {name} has no such measure (it has: {', '.join(values) or 'none'})"
-            )
-        scores[name] = sign * float(values[by])
-    return min(scores, key=lambda name: (scores[name], name))
+def run_stage(node: Node, *, world: World, say: Say) -> None:
+    """Run one stage to its artifact. The folder is ours alone meanwhile."""
+    assert node.folder is not None
+    node.folder.mkdir(parents=True, exist_ok=True)
+    if world.rank:
+        _work(node, world, say)
+        return
+    with sole_writer(node.folder):
+        artifact.sweep(node.folder)
+        if not (node.folder / "stage.json").exists():
+            about = {"fingerprint": node.fingerprint, "parts": node.parts, "stage": node.stage.model_dump(mode="json")}
+            write_whole(node.folder / "stage.json", dumps(about))
+        if not node.artifact.exists():
+            _work(node, world, say)
+
+
+def _work(node: Node, world: World, say: Say) -> None:
+    stage = node.stage
+    if stage.make is not None:
+        execute.make(node, world=world, say=say)
+    elif stage.measure is not None:
+        execute.measure(node, world=world, say=say)
+    elif stage.apply is not None:
+        execute.apply(node, world=world, say=say)
+    else:
+        with execute.trackers(node, world, say):
+            run = build(node, world=world, say=say)
+            try:
+                train(run)
+            finally:
+                run.metrics.close()
+        adapter = execute.fold(run)
+        if world.rank == 0:
+            extra = {f"{label}.{n}": t for label, m in run.extra.items() for n, t in artifact.tensors_of(m).items()}
+            execute.publish_model(node, run.engine.model, run.processor, extra=extra, adapter=adapter)
+    world.wait()
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
@@ -231,11 +220,13 @@ def threads(node: Node) -> int:
 
 
 def _run_here(node: Node, world: World, result: Result, tell: Tell) -> None:
+    gc.collect()  # the stage before lies in cycles, and would share the device's memory with this one
     torch.set_num_threads(threads(node))
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     try:
-        run_stage(node, world=world, say=lambda said: tell(node.name, said))
+        with _heard(_leave):
+            run_stage(node, world=world, say=lambda said: tell(node.name, said))
         if torch.cuda.is_initialized():
             tell(node.name, {"memory": float(torch.cuda.max_memory_allocated())})
         result.done.append(node.name)
@@ -244,17 +235,21 @@ def _run_here(node: Node, world: World, result: Result, tell: Tell) -> None:
         result.stopped.append(node.name)
 
 
+def _leave(number: int, frame: Any) -> None:
+    """A wish to stop that comes while a stage is built: the loop takes over once it runs; before, nothing is to be saved."""
+    raise Stopped(signal.Signals(number).name)
+
+
 @contextlib.contextmanager
-def _wishes(*, heard: bool) -> Iterator[list[int]]:
-    """Signals that ask to stop, as they come; what they did before comes back at the end. Not heard: left alone."""
-    asked: list[int] = []
-    numbers = SIGNALS if heard else ()
-    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
+def _heard(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Wishes to stop go to a handler; what they did before comes back at the end. Only a main thread hears any."""
+    numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield asked
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 def _hand_on(number: int, children: dict[int, Child], waiting: list[Node], result: Result) -> None:
@@ -289,9 +284,6 @@ def _fork(node: Node) -> Child:
 
 
 def _child(node: Node, mouth: socket.socket, parent: int, count: int) -> int:
-    def leave(number: int, frame: Any) -> None:  # the loop takes over once it runs; before, nothing is to be saved
-        raise Stopped(signal.Signals(number).name)
-
     mouth.setblocking(False)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: an orphan would hold the stage's lock
     if os.getppid() != parent:
@@ -308,7 +300,7 @@ def _child(node: Node, mouth: socket.socket, parent: int, count: int) -> int:
 
     try:
         for number in SIGNALS:
-            signal.signal(number, leave)
+            signal.signal(number, _leave)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         torch.set_num_threads(count)
         before = _peak()

@@ -5,7 +5,8 @@ Use:     made by `keep: self` for weights whose data nobody has; 256 passages me
 Works:   causal and encoder-decoder models; a masked one fills in blanks, in an order drawn by chance
 Costs:   `passages` × `length` tokens of generation, once
 With:    what continual/replay `of: self` rehearses and probe/forgetting measures
-Differs: unconditional passages from an empty prompt, neither task prompts as in LAMOL nor refined and chosen ones
+Differs: unconditional passages from an empty prompt, neither task prompts as in LAMOL nor refined and chosen ones; a
+    model that writes nothing but empty or repetitive ones writes once more at four times the temperature
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pydantic import Field
 
 from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
+
+HOTTER = 4.0  # of small and fresh T5s, some write only ends and repetitions at 1 and 2, and none at 4
 
 
 class SelfSamples(Method):
@@ -31,14 +34,23 @@ class SelfSamples(Method):
     on = {"passages": 8, "length": 16}
 
     def make(self, sources: dict[str, Any], view: Any) -> Iterator[dict[str, Any]]:
-        """Rows of text. Empty, repetitive and repeated passages are written again, at most twice as many in all."""
+        """Rows of text. Empty, repetitive and repeated passages are written again, at most twice as many in all.
+
+        Where none is left, as many as asked for once more, hotter: `temperature` in the artifact's counts says so.
+        """
         kept, dropped, seen = 0, 0, set()
-        for start in range(0, 2 * self.passages, self.rows):
+        usual = 2 * self.passages
+        for start in [*range(0, usual, self.rows), *range(usual, usual + self.passages, self.rows)]:
+            heat = self.temperature * (HOTTER if start >= usual else 1.0)
+            if start >= usual and "temperature" not in self.state:
+                if kept or not heat:
+                    break
+                self.state["temperature"] = heat
             texts = view.generate(
-                prompts=[""] * min(self.rows, 2 * self.passages - start),
+                prompts=[""] * min(self.rows, (usual if start < usual else usual + self.passages) - start),
                 tokens=self.length,
                 seed=view.seed_of(f"passages|{start}"),
-                temperature=self.temperature,
+                temperature=heat,
                 top_p=self.top_p,
                 rows=self.rows,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from torch import Tensor, nn
 
-from tutelage.base.errors import UserError
+from tutelage.base import marked
+from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core.anatomy import Anatomy
+from tutelage.core.memory import is_oom
 from tutelage.core.out import forward
 from tutelage.core.randomness import reseed
 
@@ -39,14 +41,14 @@ def start_files(start: str) -> tuple[Path | None, dict[str, Any]]:
     if path.suffix in (".yaml", ".yml", ".json") and not path.is_dir():
         if not path.exists():
             raise UserError(f"start: there is no config file {path}")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = _read_config(path)
         if not isinstance(config, dict) or "model_type" not in config:
             raise UserError(f"{path}: a model config needs `model_type` (llama, qwen2, gpt2, bert, t5, …)")
         return None, config
     folder = path if path.is_dir() else _from_hub(start)
     if not (folder / "config.json").exists():
         raise UserError(f"start: {folder} has no config.json, so it is no model folder")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_config(folder / "config.json")
     if any(folder.glob("*.safetensors")):
         return folder, config
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
@@ -54,6 +56,17 @@ def start_files(start: str) -> tuple[Path | None, dict[str, Any]]:
             f"start: {folder} holds pickled weights; convert them to safetensors first (nothing is unpickled)"
         )
     return None, config
+
+
+def _read_config(path: Path) -> Any:
+    """A config as it stands in a file, in YAML or JSON (where YAML would refuse tabs)."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return marked.plain(marked.parse(text, file=str(path)))
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
 
 
 def _from_hub(name: str) -> Path:
@@ -95,18 +108,50 @@ def kind_of(config: dict[str, Any]) -> str:
 
 def config_of(config: dict[str, Any], *, processor: Any, length: int) -> Any:
     """A transformers config; vocabulary and special tokens follow the tokenizer where the config leaves them out."""
-    given = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
-    if config["model_type"] not in transformers.CONFIG_MAPPING:
-        from tutelage.base.errors import did_you_mean
-
-        hint = did_you_mean(config["model_type"], list(transformers.CONFIG_MAPPING.keys()))
-        raise UserError(f"start: transformers has no model type '{config['model_type']}'{hint}")
-    given.setdefault("vocab_size", len(processor))
+    given = {"vocab_size": len(processor), **config}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         given.setdefault(name, getattr(processor, name))
     if config["model_type"] in ("t5", "mt5", "umt5"):
         given.setdefault("decoder_start_token_id", processor.pad_token_id or 0)
-    return transformers.AutoConfig.for_model(config["model_type"], **given)
+    return _checked(given)
+
+
+def _checked(config: dict[str, Any]) -> Any:
+    """The config as transformers takes it; UserError for a kind it has not, a key that is misspelled or a wrong value.
+
+    Transformers keeps keys that it does not know, so a misspelled one would leave its default in force without a word.
+    """
+    kind = config["model_type"]
+    given = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
+    if kind not in transformers.CONFIG_MAPPING:
+        hint = did_you_mean(kind, list(transformers.CONFIG_MAPPING.keys()))
+        raise UserError(f"start: transformers has no model type '{kind}'{hint}")
+    cls = transformers.CONFIG_MAPPING[kind]
+    known = {*cls().to_dict(), *cls.attribute_map}
+    for key in given.keys() - known:
+        if near := difflib.get_close_matches(key, known - given.keys(), n=1, cutoff=0.85):
+            raise UserError(f"start: a {kind} config has no '{key}'; did you mean '{near[0]}'?")
+    try:
+        return transformers.AutoConfig.for_model(kind, **given)
+    except Exception as error:  # its validators' own kinds, and whatever a config's code raises
+        raise UserError(f"start: transformers refuses this {kind} config: {_last_line(error)}") from error
+
+
+def fresh(config: Any, cls: Any) -> nn.Module:
+    """A model of new weights of a transformers config."""
+    try:
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        if is_oom(error):
+            raise
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(f"start: transformers has no language model of type {config.model_type}") from error
+        why = _last_line(error)
+        raise UserError(f"start: transformers cannot build a {config.model_type} of this config: {why}") from error
+
+
+def _last_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()
 
 
 def build(folder: Path | None, config: dict[str, Any], *, processor: Any, length: int) -> nn.Module:
@@ -125,9 +170,7 @@ def build(folder: Path | None, config: dict[str, Any], *, processor: Any, length
 
 
 def _fresh(config: dict[str, Any], *, processor: Any, length: int) -> nn.Module:
-    cls = auto_class(config)
-    made = config_of(config, processor=processor, length=length)
-    return cls.from_config(made) if hasattr(cls, "from_config") else cls(made)
+    return fresh(config_of(config, processor=processor, length=length), auto_class(config))
 
 
 def size(folder: Path | None, config: dict[str, Any]) -> int:
@@ -135,10 +178,7 @@ def size(folder: Path | None, config: dict[str, Any]) -> int:
     if folder is not None:
         return sum(_header_size(path) for path in folder.glob("*.safetensors"))
     with torch.device("meta"):
-        given = {k: v for k, v in config.items() if k not in ("model_type", "transformers_version")}
-        cls = auto_class(config)
-        made = transformers.AutoConfig.for_model(config["model_type"], **given)
-        model = cls.from_config(made) if hasattr(cls, "from_config") else cls(made)
+        model = fresh(_checked(config), auto_class(config))
     return sum(p.numel() for p in model.parameters())
 
 

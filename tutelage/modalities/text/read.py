@@ -238,6 +238,10 @@ def _lines(part: Part) -> Iterator[Record | Bad]:
 
 
 def _not_json(line: bytes, error: Exception) -> str:
+    if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "is UTF-16; convert the file to UTF-8"
+    if line.strip() == b"[":
+        return "begins an array that goes on over lines; name such a file .json"
     if b"\0" in line:
         return "binary data, not JSON"
     try:

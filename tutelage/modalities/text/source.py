@@ -61,7 +61,20 @@ class TextSource:
             lines.append(f"{self.name}: {meta['empty']} empty records skipped")
         if self.facts["chunks_left_out"]:
             lines.append(f"{self.name}: {self.facts['chunks_left_out']:.0f} chunks without anything to learn left out")
+        if (share := self._unknown()) >= 0.001:
+            lines.append(
+                f"{self.name}: {share:.1%} of its tokens are ones that the tokenizer does not know; their bytes cost next to "
+                "nothing to predict, so bits per byte are too low to compare with another tokenizer's"
+            )
         return lines
+
+    def _unknown(self) -> float:
+        """Share of the first million tokens that stand for whatever the vocabulary has no tokens for."""
+        made = self._tokenizer
+        unknown, others = made.unk_token_id, (made.bos_token_id, made.eos_token_id, made.pad_token_id)
+        if unknown is None or unknown in others or not len(self._tokens):  # GPT-2's is the end of a text
+            return 0.0
+        return float((np.asarray(self._tokens[:1_000_000]) == unknown).mean())
 
     def read(self, piece: Piece) -> dict[str, np.ndarray]:
         """`tokens` and `labels` of a piece, [T] int64; for held-out sources also `bytes` of each label.
