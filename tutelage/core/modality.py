@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,6 +112,20 @@ class Modality(Protocol):
         workers: int,
     ) -> Corpus:
         """Build (or open) a source. `rows` is the data folder of a stage when the source is one."""
+        ...
+
+    def prefixed(
+        self,
+        source: Source,
+        write: Callable[[Iterator[dict[str, Any]]], Iterator[str]],
+        *,
+        processor: Any,
+        length: int,
+    ) -> Source:
+        """The source with what `write` puts before each document, given their records: read, never learned.
+
+        Every piece also brings `plain`: the token that a position holds without it, below 0 where there is none.
+        """
         ...
 
     def collate(self, rows: list[Row], sources: dict[str, Source], *, length: int) -> Batch: ...

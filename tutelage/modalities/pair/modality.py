@@ -153,6 +153,9 @@ class Pair:
         train.special = heldout.special = special_tokens(processor.tokenizer)
         return Corpus(train, heldout, train.report())
 
+    def prefixed(self, source: Source, write: Callable[..., Any], *, processor: Any, length: int) -> Source:
+        raise UserError(f"data.{source.name}: pairs begin with their picture; nothing can be put before them yet")
+
     def collate(self, rows: list[Row], sources: dict[str, Source], *, length: int) -> Batch:
         """As of text, one pair a row, with `pixel_values` [B, 3, S, S] where any row has a picture."""
         batch = rows_to_batch.collate(rows, sources, length)

@@ -21,6 +21,8 @@ from tutelage.core.stream import Source
 from tutelage.core.types import IGNORE, Batch, Piece, Row
 from tutelage.modalities.text import collate as rows_to_batch
 from tutelage.modalities.text import models, source, tokenizer
+from tutelage.modalities.text.prefix import Prefixed, Write
+from tutelage.modalities.text.source import TextSource
 from tutelage.modalities.text.template import FALLBACK
 
 OBJECTIVES = {"masked": "objective/masked_lm", "seq2seq": "objective/prefix_lm"}  # by kind of model
@@ -136,6 +138,10 @@ class Text:
         special = special_tokens(processor)
         train.special = heldout.special = special
         return Corpus(train, heldout, train.report())
+
+    def prefixed(self, source: Source, write: Write, *, processor: Any, length: int) -> Source:
+        assert isinstance(source, TextSource)
+        return Prefixed(source, write, tokenizer=processor, length=length)
 
     def collate(self, rows: list[Row], sources: dict[str, Source], *, length: int) -> Batch:
         batch = rows_to_batch.collate(rows, sources, length)
