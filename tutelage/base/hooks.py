@@ -63,6 +63,11 @@ HOOKS: dict[str, Hook] = {
     ),
     # beside training
     "make": Hook("make(sources, view) -> Iterator[Row]", "writes rows of data", kind="make"),
+    "rewrite": Hook(
+        "rewrite(documents) -> Iterator[Row]",
+        "reads a stage's documents and writes rows of them; no model",
+        kind="make",
+    ),
     "measure": Hook("measure(model, view) -> dict[str, float]", "measures; changes nothing", kind="measure"),
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 from tutelage.base.spec import SourceSpec
 from tutelage.core.anatomy import Anatomy
 from tutelage.core.stream import Source
-from tutelage.core.types import Batch, Row
+from tutelage.core.types import Batch, Document, Row
 
 Progress = Callable[[str, float, float], None]  # what is being done, done so far, of how much
 
@@ -125,6 +125,13 @@ class Modality(Protocol):
         """The source with what `write` puts before each document, given their records: read, never learned.
 
         Every piece also brings `plain`: the token that a position holds without it, below 0 where there is none.
+        """
+        ...
+
+    def documents(self, specs: dict[str, tuple[SourceSpec, Path | None]], *, cache: Path) -> Iterable[Document]:
+        """What is learned from sources (specs, and the data folders of stages), source by source.
+
+        It may be gone through more than once, in the same order each time, and never holds more than a few.
         """
         ...
 

@@ -208,6 +208,9 @@ def texts(spec: SourceSpec, *, rows: Path | None = None, cache: Path | None = No
     for record in every:
         content = content_of(record, shape) if isinstance(record, Record) else record
         if isinstance(content, Content) and content.key() >= share * 2**64:
-            yield content.text or "\n".join(
-                [m["content"] for m in content.messages] or [content.prompt, content.answer]
-            )
+            yield said(content)
+
+
+def said(content: Content) -> str:
+    """All that a record says, in one text."""
+    return content.text or "\n".join([m["content"] for m in content.messages] or [content.prompt, content.answer])
