@@ -13,6 +13,7 @@ from tutelage.base import load
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import artifact, elsewhere
 from tutelage.core.graph import Node, methods_of
+from tutelage.core.prefix import prefixed
 from tutelage.core.record import Journal, read_lines
 from tutelage.core.stage import Corpora, processor_of, start_of
 from tutelage.core.stream import Order, Stream
@@ -97,12 +98,14 @@ def batch_of(folder: Path, tick: int) -> list[str]:
     node, row = node_of(folder), rows[tick]
     start, config = start_of(node)
     processor = processor_of(node, start, config, say=lambda said: None)
-    corpora, sources = Corpora(node, processor, lambda said: None), {}
+    methods, sources = methods_of(node.name, node.stage), {}
+    corpora = Corpora(node, processor, lambda said: None)
     for name in row["cursors"]:
         of, _, inner = name.rpartition("/")
         specs = node.find_data(of) if of else node.stage.data
-        sources[name] = corpora.of(inner, specs[inner]).train
-    method = methods_of(node.name, node.stage).slots["packing"]
+        train = corpora.of(inner, specs[inner]).train
+        sources[name] = prefixed(name, train, node=node, methods=methods, processor=processor)
+    method = methods.slots["packing"]
     note = Journal(folder / "journal.jsonl").engine("packing")
     packing: Any = method.pack if method else note["rule"] if note else node.stage.packing
     stream = Stream({n: Order(source, seed=node.seed, packing=packing) for n, source in sources.items()})
@@ -114,6 +117,7 @@ def batch_of(folder: Path, tick: int) -> list[str]:
     for i, drawn in enumerate(stream.draw(row["weights"], row["length"], row["rows"])):
         for piece in node.graph.modality.describe(drawn, sources, processor=processor):
             lines.append(
-                f"row {i}: " + "  ".join(f"{k}={v!r}" if k == "text" else f"{k}={v}" for k, v in piece.items())
+                f"row {i}: "
+                + "  ".join(f"{k}={v!r}" if k in ("text", "prefix") else f"{k}={v}" for k, v in piece.items())
             )
     return lines

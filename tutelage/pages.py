@@ -25,6 +25,7 @@ def settings(cls: type[Method]) -> list[tuple[str, str, str]]:
     found = []
     for name, field in cls.model_fields.items():
         default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        default = default.replace("\n", "\\n")  # a table's cell is one line
         found.append((name, default, field.description or ""))
     return found
 

@@ -104,6 +104,8 @@ def place(case: Case, stages: dict[str, Any]) -> None:
         two["data"] = {**stages["one"]["data"], **two["data"]}
     if kind == "make":
         stages["made"] = {"start": "one", "make": entry, "length": two["length"], "engine": two["engine"]}
+        if "rewrite" in case.cls.hooks():
+            stages["made"]["data"] = {**stages["one"]["data"], **two["data"]}
         two["data"] = {**two["data"], "made": {"stage": "made"}}
     elif kind == "evals":
         # a budget no machine reaches, so that none leaves a measurement out that another makes

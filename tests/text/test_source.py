@@ -8,7 +8,7 @@ from tests.text.conftest import SAMPLES
 from tutelage.base.spec import SourceSpec
 from tutelage.core.types import IGNORE, Piece
 from tutelage.modalities.text import source
-from tutelage.modalities.text.source import _chunks
+from tutelage.modalities.text.source import cut
 from tutelage.modalities.text.store import Side
 
 
@@ -92,7 +92,7 @@ def test_chunks_cover_what_is_learned_and_nothing_twice(docs, chunk, masked):
     flat = np.array([yes for doc in docs for yes in doc], np.uint8)
     offsets = np.cumsum([0, *map(len, docs)])
     side = Side(tokens=np.zeros(len(flat), np.uint16), offsets=offsets, loss=flat if masked else None)
-    chunks, left_out = _chunks(side, chunk)
+    chunks, left_out = cut(side, chunk)
     seen = np.zeros(len(flat), int)
     for doc, start, length in chunks.tolist():
         assert 0 < length <= chunk and start % chunk == 0

@@ -28,6 +28,9 @@ HOOKS: dict[str, Hook] = {
     "weights": Hook("weights(names, view) -> dict[str, float]", "shares of the sources at this step", slot="mix"),
     "shape": Hook("shape(view) -> (length, tokens)", "row length and tokens of this step", slot="curriculum"),
     "source": Hook("source(view) -> dict[str, SourceRef]", "adds sources, each with the share it takes first"),
+    "prefix": Hook(
+        "prefix(records, rng) -> Iterator[str]", "what the rows of each document begin with: read, never learned"
+    ),
     "weigh": Hook("weigh(batch, view) -> Tensor[B]", "row weights; rows of weight 0 leave before the training pass"),
     "batch": Hook("batch(batch, view) -> Batch", "changes a batch before the forward pass, in list order"),
     "pack": Hook("pack(lengths, length) -> list[int]", "which waiting pieces join in a row", slot="packing"),
@@ -60,6 +63,11 @@ HOOKS: dict[str, Hook] = {
     ),
     # beside training
     "make": Hook("make(sources, view) -> Iterator[Row]", "writes rows of data", kind="make"),
+    "rewrite": Hook(
+        "rewrite(documents) -> Iterator[Row]",
+        "reads a stage's documents and writes rows of them; no model",
+        kind="make",
+    ),
     "measure": Hook("measure(model, view) -> dict[str, float]", "measures; changes nothing", kind="measure"),
 }
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 
 from tutelage.base import registry
 from tutelage.base.errors import UserError
+from tutelage.base.method import Method
 from tutelage.core import artifact, forward, quantized, surgery
 from tutelage.core.graph import Node
 from tutelage.core.record import dumps, read_lines, write_whole
@@ -168,18 +171,34 @@ def make(node: Node, *, world: World, say: Say) -> None:
         return
     assert node.stage.make is not None
     method = registry.make(node.stage.make, place=f"stages.{node.name}.make")
-    base = opened(node, world=world, say=say)
-    sources = {name: base.corpora.of(name, spec).train for name, spec in node.stage.data.items()}
+    rows = _rewritten(node, method) if "rewrite" in method.hooks() else _made(node, method, world, say)
     say({"doing": f"{method.name()} writes"})
 
     def write(folder: Path) -> None:
-        counts = node.graph.modality.write_rows(method.make(sources, base.view), folder / "data")
+        counts = node.graph.modality.write_rows(rows, folder / "data")
         if not counts["rows"]:
             raise UserError(f"stages.{node.name}.make: {method.name()} wrote nothing")
         (folder / "counts.json").write_text(dumps({**counts, **method.state}), encoding="utf-8")
         about(node, folder)
 
     artifact.publish(node.artifact, write)
+
+
+def _made(node: Node, method: Method, world: World, say: Say) -> Iterator[dict[str, Any]]:
+    """Rows that a method writes with the start's model."""
+    base = opened(node, world=world, say=say)
+    sources = {name: base.corpora.of(name, spec).train for name, spec in node.stage.data.items()}
+    return method.make(sources, base.view)
+
+
+def _rewritten(node: Node, method: Method) -> Iterator[dict[str, Any]]:
+    """Rows that a method makes of the stage's own, without their held-out part; no model is opened."""
+    if not node.stage.data:
+        raise UserError(f"stages.{node.name}.make: {method.name()} rewrites rows; name them under `data`")
+    if node.stage.engine.threads:
+        torch.set_num_threads(node.stage.engine.threads)
+    specs = {name: (spec, node.rows_of(spec)) for name, spec in node.stage.data.items()}
+    return method.rewrite(node.graph.modality.documents(specs, cache=node.graph.runs / ".data"))
 
 
 def measure(node: Node, *, world: World, say: Say) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from torch import nn
 from tutelage.base.spec import SourceSpec
 from tutelage.core.anatomy import Anatomy
 from tutelage.core.stream import Source
-from tutelage.core.types import Batch, Row
+from tutelage.core.types import Batch, Document, Row
 
 Progress = Callable[[str, float, float], None]  # what is being done, done so far, of how much
 
@@ -112,6 +112,27 @@ class Modality(Protocol):
         workers: int,
     ) -> Corpus:
         """Build (or open) a source. `rows` is the data folder of a stage when the source is one."""
+        ...
+
+    def prefixed(
+        self,
+        source: Source,
+        write: Callable[[Iterator[dict[str, Any]]], Iterator[str]],
+        *,
+        processor: Any,
+        length: int,
+    ) -> Source:
+        """The source with what `write` puts before each document, given their records: read, never learned.
+
+        Every piece also brings `plain`: the token that a position holds without it, below 0 where there is none.
+        """
+        ...
+
+    def documents(self, specs: dict[str, tuple[SourceSpec, Path | None]], *, cache: Path) -> Iterable[Document]:
+        """What is learned from sources (specs, and the data folders of stages), source by source.
+
+        It may be gone through more than once, in the same order each time, and never holds more than a few.
+        """
         ...
 
     def collate(self, rows: list[Row], sources: dict[str, Source], *, length: int) -> Batch: ...

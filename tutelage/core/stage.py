@@ -25,6 +25,7 @@ from tutelage.core.graph import BUILTIN_PACKING, Methods, Node, methods_of
 from tutelage.core.measure import Evals, planned
 from tutelage.core.modality import Corpus, Modality
 from tutelage.core.pace import UNKNOWN
+from tutelage.core.prefix import prefixed
 from tutelage.core.record import Journal, Metrics, read_lines
 from tutelage.core.rules import Rules
 from tutelage.core.shard import World
@@ -97,8 +98,9 @@ class Run:
         corpus = self.corpora.of(name, SourceSpec.model_validate(self.steered.added[name]["source"]))
         view = self.view
         if name not in self.sources:
-            self.sources[name] = corpus.train
-            self.stream.add(name, order=Order(corpus.train, seed=self.node.seed, packing=self.packing))
+            source = prefixed(name, corpus.train, node=self.node, methods=self.methods, processor=self.processor)
+            self.sources[name] = source
+            self.stream.add(name, order=Order(source, seed=self.node.seed, packing=self.packing))
         if name not in view.heldout:
             collate = partial(self.modality.collate, length=self.node.stage.length)
             length = self.node.stage.length
@@ -266,6 +268,8 @@ def build(node: Node, *, world: World, say: Say) -> Run:
     for method in methods.having("source"):
         for name, (source, share) in method.source(view).items():
             sources[name], shares[name] = source, share
+    wrap = partial(prefixed, node=node, methods=methods, processor=base.processor)
+    sources = {name: wrap(name, source) for name, source in sources.items()}
     stream = Stream({name: Order(s, seed=node.seed, packing=base.packing) for name, s in sources.items()})
 
     def sample(count: int) -> Batch:

@@ -30,6 +30,13 @@ class Piece(NamedTuple):
     length: int
 
 
+class Document(NamedTuple):
+    """A record on its way through a stage that rewrites data."""
+
+    text: str  # all that it says, for comparing and judging
+    row: dict[str, Any]  # the record, to be written as it is or changed; `origin` says where it comes from
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a batch: its source and the pieces joined in it, in order."""

@@ -18,7 +18,7 @@ from tutelage.core.anatomy import Anatomy
 from tutelage.core.modality import Corpus, Progress
 from tutelage.core.randomness import reseed
 from tutelage.core.stream import Source
-from tutelage.core.types import Batch, Row
+from tutelage.core.types import Batch, Document, Row
 from tutelage.modalities.pair import images, source, store
 from tutelage.modalities.text import collate as rows_to_batch
 from tutelage.modalities.text import models, tokenizer
@@ -152,6 +152,14 @@ class Pair:
         )
         train.special = heldout.special = special_tokens(processor.tokenizer)
         return Corpus(train, heldout, train.report())
+
+    def prefixed(self, source: Source, write: Callable[..., Any], *, processor: Any, length: int) -> Source:
+        raise UserError(f"data.{source.name}: pairs begin with their picture; nothing can be put before them yet")
+
+    def documents(self, specs: dict[str, tuple[SourceSpec, Path | None]], *, cache: Path) -> Iterable[Document]:
+        raise UserError(
+            f"data.{next(iter(specs))}: a stage that rewrites data reads text; pairs cannot be rewritten yet"
+        )
 
     def collate(self, rows: list[Row], sources: dict[str, Source], *, length: int) -> Batch:
         """As of text, one pair a row, with `pixel_values` [B, 3, S, S] where any row has a picture."""

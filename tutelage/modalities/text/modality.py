@@ -21,6 +21,9 @@ from tutelage.core.stream import Source
 from tutelage.core.types import IGNORE, Batch, Piece, Row
 from tutelage.modalities.text import collate as rows_to_batch
 from tutelage.modalities.text import models, source, tokenizer
+from tutelage.modalities.text.documents import Documents
+from tutelage.modalities.text.prefix import Prefixed, Write
+from tutelage.modalities.text.source import TextSource
 from tutelage.modalities.text.template import FALLBACK
 
 OBJECTIVES = {"masked": "objective/masked_lm", "seq2seq": "objective/prefix_lm"}  # by kind of model
@@ -137,6 +140,13 @@ class Text:
         train.special = heldout.special = special
         return Corpus(train, heldout, train.report())
 
+    def prefixed(self, source: Source, write: Write, *, processor: Any, length: int) -> Source:
+        assert isinstance(source, TextSource)
+        return Prefixed(source, write, tokenizer=processor, length=length)
+
+    def documents(self, specs: dict[str, tuple[SourceSpec, Path | None]], *, cache: Path) -> Documents:
+        return Documents(specs, cache=cache)
+
     def collate(self, rows: list[Row], sources: dict[str, Source], *, length: int) -> Batch:
         batch = rows_to_batch.collate(rows, sources, length)
         return replace(batch, meta={**batch.meta, "special": sources[rows[0].source].special})  # type: ignore[attr-defined]
@@ -186,9 +196,10 @@ class Text:
         count = size = 0
         with open(folder / "rows.jsonl", "wb") as handle:
             for row in rows:
-                handle.write(orjson.dumps(row) + b"\n")
+                line = orjson.dumps(row)
+                handle.write(line + b"\n")
                 count += 1
-                size += len(row["text"].encode())
+                size += len(row["text"].encode()) if "text" in row else len(line)
         return {"rows": count, "bytes": size}
 
 

@@ -38,7 +38,7 @@ class TextSource:
         self._tokens, self._loss, self._bytes = side.tokens, side.loss, side.bytes
         self._offsets = np.asarray(side.offsets)
         self._table: Any = None
-        self.chunks, left_out = _chunks(side, chunk)
+        self.chunks, left_out = cut(side, chunk)
         counts = held.meta["val" if side is held.val else "train"]
         self.facts: dict[str, float] = {
             "documents": float(counts["documents"]),
@@ -107,6 +107,20 @@ class TextSource:
         stop = min(start + piece.length, int(self._offsets[piece.doc + 1]) - 1)
         return stop - start if self._loss is None else int(np.count_nonzero(self._loss[start + 1 : stop + 1]))
 
+    def begin(self, doc: int) -> int:
+        """The first token of a document."""
+        return int(self._tokens[self._offsets[doc]])
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Source, file, line, id, bytes and remaining metadata of every document, in order, a few at a time."""
+        import pyarrow.parquet as pq
+
+        if self._side.folder is None:
+            return
+        for batch in pq.ParquetFile(self._side.folder / "records.parquet").iter_batches(4096):
+            for row in batch.to_pylist():
+                yield {"source": self.name, **row, "meta": orjson.loads(row["meta"])}
+
     def documents(self, ids: Iterable[int]) -> list[dict[str, Any]]:
         """File, line, id, bytes and remaining metadata of documents."""
         if self._table is None:
@@ -143,15 +157,19 @@ class TextSource:
         return int(table[ids[~np.isin(ids, tokenizer.all_special_ids)]].sum())
 
 
-def _chunks(side: Side, chunk: int) -> tuple[np.ndarray, int]:
-    """[N, 3] int64 document, start, length; and how many chunks were left out for having nothing to learn."""
-    assert chunk > 0
+def cut(side: Side, chunk: int | np.ndarray) -> tuple[np.ndarray, int]:
+    """[N, 3] int64 document, start, length; and how many chunks were left out for having nothing to learn.
+
+    `chunk` is the longest a chunk may be, of all documents or of each [D].
+    """
     offsets = np.asarray(side.offsets)
     positions = np.maximum(np.diff(offsets) - 1, 0)
-    counts = -(-positions // chunk)
+    longest = np.broadcast_to(chunk, positions.shape)
+    assert (longest > 0).all()
+    counts = -(-positions // longest)
     doc = np.repeat(np.arange(len(positions)), counts)
-    start = (np.arange(len(doc)) - np.repeat(np.cumsum(counts) - counts, counts)) * chunk
-    length = np.minimum(positions[doc] - start, chunk)
+    start = (np.arange(len(doc)) - np.repeat(np.cumsum(counts) - counts, counts)) * longest[doc]
+    length = np.minimum(positions[doc] - start, longest[doc])
     chunks = np.stack([doc, start, length], axis=1).astype(np.int64)
     if side.loss is None or not len(chunks):
         return chunks, 0
@@ -203,6 +221,9 @@ def texts(spec: SourceSpec, *, rows: Path | None = None, cache: Path | None = No
     for record in every:
         content = content_of(record, shape) if isinstance(record, Record) else record
         if isinstance(content, Content) and content.key() >= share * 2**64:
-            yield content.text or "\n".join(
-                [m["content"] for m in content.messages] or [content.prompt, content.answer]
-            )
+            yield said(content)
+
+
+def said(content: Content) -> str:
+    """All that a record says, in one text."""
+    return content.text or "\n".join([m["content"] for m in content.messages] or [content.prompt, content.answer])

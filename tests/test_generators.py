@@ -1,0 +1,85 @@
+"""The records that benches make up are the same for the same seed, and are what they say."""
+
+import random
+from itertools import islice
+
+from bench import duplicated, grammars
+from bench.grammars import LETTERS, Sentences
+
+
+def test_sentences_are_the_same_for_the_same_seed_and_share_their_rules():
+    one, two = list(Sentences(50)), list(Sentences(50))
+    other, rules = list(Sentences(50, seed=1)), list(Sentences(50, grammar=1))
+    assert one == two and one != other and one != rules
+    assert Sentences(1, seed=1).levels == Sentences(1).levels != Sentences(1, grammar=1).levels
+    assert {letter for record in one for letter in record["text"]} <= set(LETTERS)
+
+
+def derivable(text, levels, bits):
+    """Whether two symbols derive a text by the rules that the bits choose, tried out from the letters upwards."""
+    level_sets = [level[int(bit)] for level, bit in zip(levels, bits, strict=True)]
+    row = [LETTERS.index(letter) for letter in text]
+    rows = {tuple(row)}
+    for rules in reversed(level_sets):
+        found = set()
+        for symbols in rows:
+            found |= parents(symbols, rules)
+        rows = found
+    return any(len(symbols) == 2 for symbols in rows)
+
+
+def parents(symbols, rules):
+    """Every row of symbols that one step of the rules turns into this one."""
+    ends = {0: {()}}
+    for at in range(len(symbols)):
+        for head in ends.pop(at, ()):
+            for symbol, choices in enumerate(rules):
+                for children in set(choices):
+                    if symbols[at : at + len(children)] == children:
+                        ends.setdefault(at + len(children), set()).add((*head, symbol))
+    return ends.get(len(symbols), set())
+
+
+def test_a_sentence_is_one_of_the_grammar_that_its_tag_names():
+    made = Sentences(12, depth=2)
+    rules = made.levels
+    mine = other = 0
+    for record in made:
+        flipped = record["tag"][0] + str(1 - int(record["tag"][1]))
+        mine += derivable(record["text"], rules, record["tag"])
+        other += derivable(record["text"], rules, flipped)
+    assert mine == 12 > other
+
+
+def test_only_the_first_bits_are_told_where_the_recipe_says_so():
+    whole, part = list(Sentences(20, depth=4)), list(Sentences(20, depth=4, told=2))
+    assert [r["text"] for r in whole] == [r["text"] for r in part]
+    assert [r["tag"][:2] + "??" for r in whole] == [r["tag"] for r in part]
+
+
+def test_all_but_the_measured_bytes_are_masked():
+    assert next(iter(Sentences(1, measured=(4, 16))))["mask"] == [[0, 4], [16, grammars.FAR]]
+    assert "mask" not in next(iter(Sentences(1)))
+
+
+def test_a_copy_is_its_passage_but_for_a_few_words_its_ends_and_a_line():
+    words = [f"word{i}" for i in range(400)]
+    text = " ".join(words)
+    copies = [duplicated.changed(text, ["other"], 10, random.Random(i)) for i in range(20)]
+    assert len(set(copies)) == 20
+    for copy in copies:
+        line, _, rest = copy.partition("\n")
+        assert set(line.split()) == {"other"}
+        kept = [word for word in rest.split() if word != "other"]
+        assert 360 <= len(kept) < 400 and kept == [word for word in words if word in set(kept)]
+
+
+def test_some_passages_stand_there_often_and_most_once(monkeypatch):
+    monkeypatch.setattr(duplicated, "passages", lambda: (f"passage {i} " + "and so on " * 50 for i in range(300)))
+    records = list(duplicated.Copied())
+    originals = [record for record in records if not record["copy"]]
+    assert len(originals) == 300 and len(records) > 400
+    counts = sorted(sum(r["passage"] == n for r in records) for n in range(300))
+    assert counts[150] == 1 and 10 < counts[-1] <= 61
+    assert records == list(duplicated.Copied()) != list(duplicated.Copied(seed=1))
+    assert len([r for r in islice(duplicated.Copied(10), 1000) if not r["copy"]]) == 10
