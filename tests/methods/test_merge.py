@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 from tests.core.tiny import tiny
 from tutelage.base import registry
 from tutelage.base.errors import UserError
-from tutelage.core.surgery import transform
+from tutelage.core.surgery import Site, transform
+
+SITE = Site(seed=0, stage="merged")
 
 
 def make(use: str, **settings):
@@ -24,50 +26,50 @@ def draw(*shape: int, count: int = 3) -> list[torch.Tensor]:
 def test_a_linear_merge_is_the_weighted_mean_and_leaves_its_inputs_alone():
     a, b, c = tensors = draw(4, 5)
     kept = a.clone()
-    torch.testing.assert_close(make("linear").tensor("w", tensors, None), (a + b + c) / 3)
-    merged = make("linear", weights=[1, 2, 5]).tensor("w", tensors, None)
+    torch.testing.assert_close(make("linear").tensor("w", tensors, None, SITE), (a + b + c) / 3)
+    merged = make("linear", weights=[1, 2, 5]).tensor("w", tensors, None, SITE)
     torch.testing.assert_close(merged, (a + 2 * b + 5 * c) / 8)
-    raw = make("linear", weights=[0.5, 0.5, -1], normalize=False).tensor("w", tensors, None)
+    raw = make("linear", weights=[0.5, 0.5, -1], normalize=False).tensor("w", tensors, None, SITE)
     torch.testing.assert_close(raw, 0.5 * a + 0.5 * b - c)
     assert torch.equal(a, kept)
 
 
 def test_all_the_weight_on_one_model_gives_that_model_to_the_bit():
     tensors = draw(4, 5)
-    assert torch.equal(make("linear", weights=[0, 3, 0]).tensor("w", tensors, None), tensors[1])
-    assert torch.equal(make("slerp", t=0).tensor("w", tensors[:2], None), tensors[0])
-    assert torch.equal(make("slerp", t=1).tensor("w", tensors[:2], None), tensors[1])
-    assert torch.equal(make("task_arithmetic", scale=0).tensor("w", tensors[1:], tensors[0]), tensors[0])
+    assert torch.equal(make("linear", weights=[0, 3, 0]).tensor("w", tensors, None, SITE), tensors[1])
+    assert torch.equal(make("slerp", t=0).tensor("w", tensors[:2], None, SITE), tensors[0])
+    assert torch.equal(make("slerp", t=1).tensor("w", tensors[:2], None, SITE), tensors[1])
+    assert torch.equal(make("task_arithmetic", scale=0).tensor("w", tensors[1:], tensors[0], SITE), tensors[0])
 
 
 def test_slerp_turns_evenly_and_keeps_the_norm():
     a = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
     b = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
-    third = make("slerp", t=1 / 3).tensor("w", [a, b], None)
+    third = make("slerp", t=1 / 3).tensor("w", [a, b], None, SITE)
     wanted = torch.tensor([[2 * math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)], [0.0, 0.0]])
     torch.testing.assert_close(third, wanted)
-    assert float(make("slerp").tensor("w", [a, b], None).norm()) == pytest.approx(2.0)
-    assert float(make("linear").tensor("w", [a, b], None).norm()) == pytest.approx(math.sqrt(2.0))
+    assert float(make("slerp").tensor("w", [a, b], None, SITE).norm()) == pytest.approx(2.0)
+    assert float(make("linear").tensor("w", [a, b], None, SITE).norm()) == pytest.approx(math.sqrt(2.0))
 
 
 def test_slerp_of_nearly_colinear_or_empty_tensors_is_a_straight_line():
     (a,) = draw(4, 5, count=1)
     for b in (a * 1.5, -a, a + 1e-4):
-        torch.testing.assert_close(make("slerp", t=0.25).tensor("w", [a, b], None), 0.75 * a + 0.25 * b)
-    zero = make("slerp").tensor("w", [torch.zeros(3), torch.zeros(3)], None)
+        torch.testing.assert_close(make("slerp", t=0.25).tensor("w", [a, b], None, SITE), 0.75 * a + 0.25 * b)
+    zero = make("slerp").tensor("w", [torch.zeros(3), torch.zeros(3)], None, SITE)
     assert torch.equal(zero, torch.zeros(3))
 
 
 def test_slerp_refuses_three_models():
     with pytest.raises(UserError, match="from one model to one other; `start` names 3"):
-        make("slerp").tensor("w", draw(2, 2), None)
+        make("slerp").tensor("w", draw(2, 2), None, SITE)
 
 
 def test_task_arithmetic_adds_and_takes_away_task_vectors():
     base, one, two = draw(4, 5)
-    merged = make("task_arithmetic", weights=[1.0, -0.5], scale=0.4).tensor("w", [one, two], base)
+    merged = make("task_arithmetic", weights=[1.0, -0.5], scale=0.4).tensor("w", [one, two], base, SITE)
     torch.testing.assert_close(merged, base + 0.4 * ((one - base) - 0.5 * (two - base)))
-    torch.testing.assert_close(make("task_arithmetic").tensor("w", [one], base), one)
+    torch.testing.assert_close(make("task_arithmetic").tensor("w", [one], base, SITE), one)
 
 
 def ties_by_hand(base, models, *, density, weights, scale):
@@ -90,14 +92,14 @@ def ties_by_hand(base, models, *, density, weights, scale):
 @pytest.mark.parametrize(("density", "weights", "scale"), [(0.2, [1, 1, 1], 1.0), (0.5, [0.3, 1.0, 0.7], 0.8)])
 def test_ties_trims_elects_signs_and_takes_the_disjoint_mean(density, weights, scale):
     base, *models = draw(6, 10, count=4)
-    merged = make("ties", density=density, weights=weights, scale=scale).tensor("w", models, base)
+    merged = make("ties", density=density, weights=weights, scale=scale).tensor("w", models, base, SITE)
     wanted = ties_by_hand(base, models, density=density, weights=weights, scale=scale)
     torch.testing.assert_close(merged, wanted)
 
 
 def test_ties_of_one_model_keeps_its_largest_changes():
     base, model = draw(10, 10, count=2)
-    merged = make("ties", density=0.13).tensor("w", [model], base)
+    merged = make("ties", density=0.13).tensor("w", [model], base, SITE)
     changed = merged != base
     assert int(changed.sum()) == 13
     torch.testing.assert_close(merged[changed], model[changed])
@@ -106,13 +108,13 @@ def test_ties_of_one_model_keeps_its_largest_changes():
 
 def test_a_wrong_number_of_weights_and_a_base_alone_are_refused():
     tensors = draw(2, 2)
-    with pytest.raises(UserError, match=r"merge/linear.weights: 2 weights for 3 models"):
-        make("linear", weights=[1, 2]).tensor("w", tensors, None)
+    with pytest.raises(UserError, match=r"merge/linear.weights: 2 numbers for 3 models"):
+        make("linear", weights=[1, 2]).tensor("w", tensors, None, SITE)
     with pytest.raises(UserError, match="add up to 0"):
-        make("linear", weights=[1, 1, -2]).tensor("w", tensors, None)
+        make("linear", weights=[1, 1, -2]).tensor("w", tensors, None, SITE)
     for use in ("ties", "task_arithmetic"):
         with pytest.raises(UserError, match="base alone"):
-            make(use).tensor("w", [], tensors[0])
+            make(use).tensor("w", [], tensors[0], SITE)
 
 
 def test_a_merged_folder_is_a_model_that_transformers_loads(tmp_path):
@@ -125,3 +127,81 @@ def test_a_merged_folder_is_a_model_that_transformers_loads(tmp_path):
     first, second = (model.state_dict() for model in models)
     for name, value in merged.items():
         torch.testing.assert_close(value, (first[name] + second[name]) / 2)
+
+
+# -- DARE -------------------------------------------------------------------------------------------------------------
+
+
+def drops(name: str, rate: float, *, model: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The mask that DARE draws, by the rule its replay promises."""
+    return torch.rand(shape, generator=SITE.rng(f"drop|{model}|{name}")) >= rate
+
+
+def test_dare_drops_at_random_divides_by_what_is_kept_and_adds_task_vectors():
+    base, one, two = draw(40, 50)
+    dare = make("dare", drop=[0.9, 0.5], weights=[1.0, -0.5], scale=0.4)
+    first, second = (drops("w", rate, model=i, shape=(40, 50)) for i, rate in enumerate((0.9, 0.5)))
+    wanted = base + 0.4 * ((one - base) * first / 0.1 - 0.5 * (two - base) * second / 0.5)
+    torch.testing.assert_close(dare.tensor("w", [one, two], base, SITE), wanted)
+    assert 0.07 < float(first.float().mean()) < 0.13 and 0.46 < float(second.float().mean()) < 0.54
+
+
+def test_dare_through_ties_elects_signs_among_what_was_kept():
+    base, one, two, three = models = draw(6, 10, count=4)
+    weights = [0.3, 1.0, 0.7]
+    dropped = [base + (m - base) * drops("w", 0.5, model=i, shape=(6, 10)) / 0.5 for i, m in enumerate(models[1:])]
+    wanted = ties_by_hand(base, dropped, density=1, weights=weights, scale=0.8)
+    dare = make("dare", drop=0.5, combine="ties", weights=weights, scale=0.8, normalize=True)
+    torch.testing.assert_close(dare.tensor("w", [one, two, three], base, SITE), wanted)
+    nothing = make("dare", drop=0, combine="ties", weights=weights, normalize=True)
+    ties = make("ties", density=1, weights=weights)
+    kept = [nothing.tensor("w", models[1:], base, SITE), ties.tensor("w", models[1:], base, SITE)]
+    assert torch.equal(*kept)
+
+
+def test_dare_keeps_the_expectation_of_task_arithmetic():
+    base, one, two = draw(20, 30)
+    dare, whole = make("dare", drop=0.8), make("task_arithmetic").tensor("w", [one, two], base, SITE)
+    sites = [Site(seed=seed, stage="merged") for seed in range(400)]
+    mean = torch.stack([dare.tensor("w", [one, two], base, site) for site in sites]).mean(0)
+    # one draw's variance is d²·p/(1−p) an entry and model; 400 draws leave a deviation of d·√4/20
+    error = (4 * ((one - base).square() + (two - base).square()) / 400).sqrt()
+    assert float(((mean - whole) / error).square().mean()) == pytest.approx(1.0, abs=0.15)
+    unscaled = make("dare", drop=0.8, rescale=False)
+    mean = torch.stack([unscaled.tensor("w", [one, two], base, site) for site in sites]).mean(0)
+    assert float(((mean - base) / (whole - base)).median()) == pytest.approx(0.2, abs=0.02)
+
+
+def test_what_dare_drops_is_a_function_of_seed_stage_name_and_place_of_the_model():
+    base, one, _ = draw(8, 8)
+    dare = make("dare", drop=0.5)
+
+    def kept(name: str, models: int, site: Site) -> list[bool]:
+        """Which entries of the last model were kept, all others being the base."""
+        tensors = [*[base] * (models - 1), one]
+        return (dare.tensor(name, tensors, base, site) != base).flatten().tolist()
+
+    first = kept("w", 1, SITE)
+    assert kept("v", 1, SITE) != first == kept("w", 1, SITE)
+    assert kept("w", 2, SITE) != first
+    assert kept("w", 1, Site(seed=1, stage="merged")) != first != kept("w", 1, Site(seed=0, stage="other"))
+
+
+def test_dare_refuses_a_chance_of_one_and_rates_that_do_not_match():
+    with pytest.raises(UserError, match="drop"):
+        make("dare", drop=1.0)
+    with pytest.raises(UserError, match=r"merge/dare.drop: 2 numbers for 1 models"):
+        make("dare", drop=[0.5, 0.5]).tensor("w", draw(2, 2, count=1), draw(2, 2)[0], SITE)
+
+
+def test_a_merge_by_chance_is_the_same_again_and_another_with_another_seed(tmp_path):
+    for i in range(3):
+        tiny("llama", seed=i).save_pretrained(tmp_path / str(i))
+    found = []
+    for seed in (3, 3, 4):
+        out = tmp_path / f"merged-{len(found)}"
+        out.mkdir()
+        folders = [tmp_path / str(i) for i in range(3)]
+        transform(make("dare"), folders, out, place="stages.merged", seed=seed, stage="merged")
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
 from tutelage.core.artifact import save_tensors
+from tutelage.core.randomness import generator, seed_of
 
 SHARD = 1 << 30  # bytes of tensors held at a time
 
@@ -39,11 +41,25 @@ class Weights:
             return read.get_tensor(name)
 
 
-def transform(method: Method, folders: list[Path], out: Path, *, place: str) -> None:
+@dataclass(frozen=True)
+class Site:
+    """The view of a hook that transforms weights: there is no model yet, but there is chance of its own."""
+
+    seed: int
+    stage: str  # without its arm
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """A CPU generator that depends on seed, stage and purpose only, whatever was merged before."""
+        return generator(seed_of(self.seed, self.stage, 0, purpose))
+
+
+def transform(
+    method: Method, folders: list[Path], out: Path, *, place: str, seed: int = 0, stage: str = "applied"
+) -> None:
     """Fill `out` with what a method's `tensor` or `grow` hook makes of the starts, config and tokenizer beside it."""
     copy_beside(folders[0], out)
     if "tensor" in method.hooks():
-        merge(method, folders, out, place=place)
+        merge(method, folders, out, Site(seed, stage), place=place)
         return
     if "grow" not in method.hooks():
         raise UserError(
@@ -65,7 +81,7 @@ def copy_beside(folder: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def merge(method: Method, folders: list[Path], out: Path, *, place: str) -> None:
+def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: str) -> None:
     """One tensor at a time, in shards, so that peak memory does not grow with the model."""
     inputs = [Weights(folder) for folder in folders]
     names = list(inputs[0])
@@ -88,7 +104,7 @@ def merge(method: Method, folders: list[Path], out: Path, *, place: str) -> None
         held, size = {}, 0
 
     for name in names:
-        result = merge_one(method, name, [weights[name] for weights in inputs], place=place)
+        result = merge_one(method, name, [weights[name] for weights in inputs], site, place=place)
         held[name] = result
         size += result.nbytes
         total += result.nbytes
@@ -103,7 +119,7 @@ def merge(method: Method, folders: list[Path], out: Path, *, place: str) -> None
         (out / "model.safetensors.index.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
 
-def merge_one(method: Method, name: str, tensors: list[Tensor], *, place: str) -> Tensor:
+def merge_one(method: Method, name: str, tensors: list[Tensor], site: Site, *, place: str) -> Tensor:
     """One merged tensor, in the first input's type. The first start is the base where the method wants one."""
     if any(t.shape != tensors[0].shape for t in tensors):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
@@ -112,4 +128,4 @@ def merge_one(method: Method, name: str, tensors: list[Tensor], *, place: str) -
         return tensors[0]
     exact = [t.to(torch.float32) for t in tensors]
     base, rest = (exact[0], exact[1:]) if method.wants_base else (None, exact)
-    return method.tensor(name, rest, base).to(tensors[0].dtype)
+    return method.tensor(name, rest, base, site).to(tensors[0].dtype)
