@@ -1,15 +1,21 @@
 """Merges against their formulae, written out entry by entry, and through whole model folders."""
 
+import json
 import math
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.core.tiny import tiny
 from tutelage.base import registry
 from tutelage.base.errors import UserError
-from tutelage.core.surgery import Site, transform
+from tutelage.base.method import Method
+from tutelage.core import surgery
+from tutelage.core.surgery import Site, merge, transform
+from tutelage.methods._kit.spectra import effective_rank
 
 SITE = Site(seed=0, stage="merged")
 
@@ -60,9 +66,10 @@ def test_slerp_of_nearly_colinear_or_empty_tensors_is_a_straight_line():
     assert torch.equal(zero, torch.zeros(3))
 
 
-def test_slerp_refuses_three_models():
-    with pytest.raises(UserError, match="from one model to one other; `start` names 3"):
-        make("slerp").tensor("w", draw(2, 2), None, SITE)
+@pytest.mark.parametrize("use", ["slerp", "effective_rank"])
+def test_a_merge_of_two_refuses_three_models(use, tmp_path):
+    with pytest.raises(UserError, match=f"stages.merged.start: merge/{use} takes 2 models; here are 3"):
+        merge(make(use), [tmp_path] * 3, tmp_path, SITE, place="stages.merged")
 
 
 def test_task_arithmetic_adds_and_takes_away_task_vectors():
@@ -205,3 +212,106 @@ def test_a_merge_by_chance_is_the_same_again_and_another_with_another_seed(tmp_p
         transform(make("dare"), folders, out, place="stages.merged", seed=seed, stage="merged")
         found.append((out / "model.safetensors").read_bytes())
     assert found[0] == found[1] != found[2]
+
+
+# -- effective rank ---------------------------------------------------------------------------------------------------
+
+
+def test_the_effective_rank_is_the_exponential_of_the_entropy_of_the_shares():
+    values = torch.tensor([[6.0, 3.0, 1.0], [2.0, 2.0, 2.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    shares = (0.6, 0.3, 0.1)
+    wanted = [math.exp(-sum(p * math.log(p) for p in shares)), 3.0, 1.0, 0.0]
+    torch.testing.assert_close(effective_rank(values), torch.tensor(wanted))
+
+
+def with_values(values: list[float], rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """A matrix with these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(n, len(values), generator=generator))[0] for n in (rows, columns))
+    return left @ torch.diag(torch.tensor(values)) @ right.T
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.2])
+def test_what_lies_beyond_the_effective_rank_of_the_change_is_weakened(gamma):
+    base = draw(12, 8, count=1)[0]
+    values = [4.0, 2.0, 1.0, 0.15, 0.1, 0.05]  # effective rank 3.1: the first four stay
+    method = make("effective_rank", gamma=gamma)
+    merged = method.tensor("w", [base + with_values(values, 12, 8)], base, SITE)
+    wanted = base + with_values([*values[:4], *(gamma * v for v in values[4:])], 12, 8)
+    torch.testing.assert_close(merged, wanted, atol=1e-5, rtol=1e-5)
+    shares = [v / sum(values) for v in values]
+    wanted_rank = math.exp(-sum(p * math.log(p) for p in shares))
+    assert 3 < method.state["effective_rank/w"] == pytest.approx(wanted_rank, abs=1e-3)
+
+
+def test_gamma_one_vectors_and_unchanged_weights_give_the_tuned_model():
+    base, tuned = draw(12, 8, count=2)
+    torch.testing.assert_close(make("effective_rank", gamma=1.0).tensor("w", [tuned], base, SITE), tuned)
+    method = make("effective_rank")
+    assert torch.equal(method.tensor("v", [tuned[0]], base[0], SITE), tuned[0])
+    assert torch.equal(method.tensor("w", [base], base, SITE), base)
+    assert method.state == {}
+
+
+def test_each_matrix_of_a_stack_has_an_effective_rank_of_its_own():
+    base = draw(2, 12, 8, count=1)[0]
+    changes = [with_values([3.0, 0.2, 0.1], 12, 8), with_values([1.0, 1.0, 1.0], 12, 8, seed=1)]
+    method = make("effective_rank", gamma=0)
+    merged = method.tensor("w", [base + torch.stack(changes)], base, SITE)
+    alone = [make("effective_rank", gamma=0).tensor("w", [b + c], b, SITE) for b, c in zip(base, changes, strict=True)]
+    torch.testing.assert_close(merged, torch.stack(alone))
+    assert 2.0 < method.state["effective_rank/w"] < 3.0
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_in_several_files_and_types_is_the_merge_in_one(tmp_path, monkeypatch):
+    for i in range(2):
+        tiny("llama", seed=i).to(torch.bfloat16).save_pretrained(tmp_path / str(i))
+        tensors = load_file(tmp_path / str(i) / "model.safetensors")
+        tensors |= {"count": torch.tensor([3]), "rate": torch.tensor(0.5), "odd": torch.ones(3, dtype=torch.bfloat16)}
+        save_file(tensors, tmp_path / str(i) / "model.safetensors", metadata={"format": "pt"})
+    for name, size in (("whole", surgery.SHARD), ("parts", 20_000)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(surgery, "SHARD", size)
+        transform(make("linear"), [tmp_path / "0", tmp_path / "1"], tmp_path / name, place="stages.merged")
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    whole, parts = load_file(tmp_path / "whole" / "model.safetensors"), {}
+    for path in sorted((tmp_path / "parts").glob("*.safetensors")):
+        found = load_file(path)
+        assert all(index["weight_map"][name] == path.name for name in found)
+        parts |= found
+    assert len(set(index["weight_map"].values())) > 2
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert whole["odd"].dtype == torch.bfloat16 and int(whole["count"]) == 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
+
+
+def test_a_merge_lets_go_of_a_tensor_when_it_is_written(tmp_path):
+    for i in range(2):
+        save_file({f"w{n}": torch.full((4, 4), float(n + i)) for n in range(20)}, tmp_path / f"{i}.safetensors")
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / f"{i}.safetensors").rename(tmp_path / str(i) / "model.safetensors")
+    results: list[weakref.ref[torch.Tensor]] = []
+    held = []
+
+    class Watched(Method):
+        def tensor(self, name, tensors, base, view):
+            held.append(sum(result() is not None for result in results))
+            result = tensors[0] + tensors[1]
+            results.append(weakref.ref(result))
+            return result
+
+    (tmp_path / "out").mkdir()
+    transform(Watched(), [tmp_path / "0", tmp_path / "1"], tmp_path / "out", place="stages.merged")
+    assert len(held) == 20 and max(held) <= 1
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w3"], torch.full((4, 4), 7.0))
+
+
+def test_a_damaged_start_is_named(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"model.safetensors is damaged or cut short"):
+        surgery.Weights(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
-from tutelage.core.artifact import save_tensors
+from tutelage.core.artifact import About, read_header, save_tensors, write_tensors
 from tutelage.core.randomness import generator, seed_of
 
-SHARD = 1 << 30  # bytes of tensors held at a time
+SHARD = 4 << 30  # bytes of tensors in a file
 
 
 class Weights:
@@ -27,9 +28,11 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self.about: dict[str, About] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(str(path), framework="pt") as read:
-                self.files |= dict.fromkeys(read.keys(), path)
+            found = read_header(path)
+            self.files |= dict.fromkeys(found, path)
+            self.about |= found
         if not self.files:
             raise UserError(f"{folder} holds no safetensors weights")
 
@@ -82,7 +85,9 @@ def copy_beside(folder: Path, out: Path) -> None:
 
 
 def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: str) -> None:
-    """One tensor at a time, in shards, so that peak memory does not grow with the model."""
+    """One tensor at a time, read and written, so that peak memory hangs on the largest tensor and not on the model."""
+    if method.takes not in (None, len(folders)):
+        raise UserError(f"{place}.start: {method.name()} takes {method.takes} models; here are {len(folders)}")
     inputs = [Weights(folder) for folder in folders]
     names = list(inputs[0])
     for other in inputs[1:]:
@@ -91,32 +96,33 @@ def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: 
             raise UserError(
                 f"{place}.start: {folders[0]} and {other.folder} do not hold the same tensors: {odd[0]} is in one only"
             )
-    held: dict[str, Tensor] = {}
+    about = inputs[0].about
+    wide = {name: about[name].size // max(1, math.prod(about[name].shape)) for name in names}  # bytes of an entry
+    names.sort(key=lambda name: -wide[name])  # so that each begins at a multiple of its entries' size
+    shards = sharded({name: about[name].size for name in names})
     index: dict[str, str] = {}
-    shards = size = total = 0
-
-    def flush() -> None:
-        nonlocal held, shards, size
-        shards += 1
-        file = f"model-{shards:05d}.safetensors"
-        save_tensors(out / file, held)
-        index.update(dict.fromkeys(held, file))
-        held, size = {}, 0
-
-    for name in names:
-        result = merge_one(method, name, [weights[name] for weights in inputs], site, place=place)
-        held[name] = result
-        size += result.nbytes
-        total += result.nbytes
-        if size >= SHARD:
-            flush()
-    if held:
-        flush()
-    if shards == 1:
-        (out / "model-00001.safetensors").rename(out / "model.safetensors")
-    else:
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = ((n, merge_one(method, n, [weights[n] for weights in inputs], site, place=place)) for n in shard)
+        write_tensors(out / file, {name: about[name] for name in shard}, tensors)
+        index |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(about[name].size for name in names)
         whole: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": index}
         (out / "model.safetensors.index.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
+
+
+def sharded(sizes: dict[str, int]) -> list[list[str]]:
+    """Names in order, as many in a file as fit into SHARD bytes (at least one)."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(name)
+        room -= size
+    return shards
 
 
 def merge_one(method: Method, name: str, tensors: list[Tensor], site: Site, *, place: str) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
 from tutelage.methods._kit.vectors import moved
 
@@ -26,12 +25,11 @@ COLINEAR = 0.9995
 class Slerp(Method):
     t: float = Field(0.5, ge=0, le=1, description="share of the way from the first start to the second")
 
+    takes = 2
     no_off = "a merge is a stage of its own"
     baseline = {"use": "merge/slerp", "t": 0.0}
 
     def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None, view: Any) -> Tensor:
-        if len(tensors) != 2:
-            raise UserError(f"merge/slerp goes from one model to one other; `start` names {len(tensors)}")
         a, b = tensors
         cosine = cosine_of(a, b)
         if abs(cosine) > COLINEAR:
