@@ -1,4 +1,4 @@
-"""Effective rank (Timber): weaken what tuning changed beyond the effective rank of the change, back towards the base.
+"""Effective rank (Timber): keep the directions of a change within its effective rank, and weaken the rest towards the base.
 
 Of each weight's change, the first ⌈eRank⌉ singular values stay and the rest are multiplied by `gamma`; eRank is the
 exponential of the entropy of the normalized singular values (Roy and Vetterli 2007). The stage reports it, weight by weight.
@@ -27,9 +27,7 @@ from tutelage.methods._kit.vectors import deltas
 
 
 class EffectiveRank(Method):
-    gamma: float = Field(
-        0.2, ge=0, le=1, description="what the singular values beyond the effective rank are times'd by"
-    )
+    gamma: float = Field(0.2, ge=0, le=1, description="factor of the singular values beyond the effective rank")
 
     wants_base = True
     takes = 2
