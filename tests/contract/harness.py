@@ -124,6 +124,7 @@ def apply(case: Case, stages: dict[str, Any]) -> None:
     if case.cls.wants_base:
         stages["other"] = {**two, "seed": 1}
         start.append("other")
+        start = start[: case.cls.takes]
     if start == ["one"]:
         del stages["two"]
     stages["applied"] = {

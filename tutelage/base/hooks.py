@@ -57,7 +57,7 @@ HOOKS: dict[str, Hook] = {
         "settings(group) -> dict[str, Any]", "a group's settings besides its rate, asked again when steered"
     ),
     "factor": Hook("factor(clock) -> float", "share of the base rate, pure", slot="schedule"),
-    "tensor": Hook("tensor(name, tensors, base) -> Tensor", "merges one tensor", kind="apply"),
+    "tensor": Hook("tensor(name, tensors, base, view) -> Tensor", "merges one tensor", kind="apply"),
     "grow": Hook(
         "grow(config, tensors) -> (config, tensors)", "a larger model from a smaller one's tensors", kind="apply"
     ),

@@ -25,6 +25,7 @@ class Method(BaseModel):
     needs: ClassVar[frozenset[str]] = frozenset()  # of the forward pass: "hidden", "attentions"
     refs: ClassVar[frozenset[str]] = frozenset()  # frozen models it asks `view.ref` for
     wants_base: ClassVar[bool] = False  # a merge whose first input is what the others are compared with
+    takes: ClassVar[int | None] = None  # how many models a merge starts from, a base among them; any number
     steerable: ClassVar[frozenset[str]] = frozenset()  # fields that an action may set in a running stage
     guards: ClassVar[bool] = False  # a policy that is asked what to do about a loss that is no number
     last: ClassVar[str | None] = None  # a schedule's field that says over which last span the rate falls

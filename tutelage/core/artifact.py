@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,6 +86,47 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise (OSError(int(number[1]), str(error)) if number else error) from error
     with safe_open(str(path), framework="pt") as read:
         assert set(read.keys()) == set(copies)
+
+
+class About(NamedTuple):
+    """A tensor in a safetensors file, as the header names it; `size` in bytes."""
+
+    dtype: str
+    shape: list[int]
+    size: int
+
+
+def read_header(path: Path) -> dict[str, About]:
+    """What is in a safetensors file, without reading it; a damaged one is a UserError that names it."""
+    try:
+        with safe_open(str(path), framework="pt"):  # the library's checks, which read the header alone
+            pass
+        with open(path, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short: {error}") from error
+    header.pop("__metadata__", None)
+    return {n: About(e["dtype"], e["shape"], e["data_offsets"][1] - e["data_offsets"][0]) for n, e in header.items()}
+
+
+def write_tensors(path: Path, about: dict[str, About], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write safetensors one tensor at a time, in `about`'s order; the library's own writer wants all of them at once.
+
+    Raises AssertionError for a tensor whose name, shape or size in bytes is not as announced.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape, size) in about.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for (wanted, (_, shape, size)), (name, tensor) in zip(about.items(), tensors, strict=True):
+            assert (name, list(tensor.shape), tensor.nbytes) == (wanted, shape, size), f"{name} is not as announced"
+            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    assert read_header(path) == about
 
 
 def load_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:

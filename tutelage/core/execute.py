@@ -138,20 +138,21 @@ def apply(node: Node, *, world: World, say: Say) -> None:
         if len(folders) != len(starts) or not folders:
             raise UserError(f"stages.{node.name}.start: {method.name()} transforms weights; a config has none")
         made = node.folder / "made"
-        artifact.publish(made, lambda folder: surgery.transform(method, folders, folder, place=f"stages.{node.name}"))
+        site: dict[str, Any] = {"place": f"stages.{node.name}", "seed": node.seed, "stage": node.root}
+        artifact.publish(made, lambda folder: surgery.transform(method, folders, folder, **site))
         base = opened(node, world=world, say=say, start={"folder": str(made)})
-        Evaluated(node, base, say).run()
+        Evaluated(node, base, say).run(beside=method.state)
         publish_model(node, base.engine.model, base.processor)
         shutil.rmtree(made)
 
 
 class Evaluated:
-    """Measures an opened model once and writes the numbers as its metrics."""
+    """Measures an opened model once and writes the numbers as its metrics, with those that its making left."""
 
     def __init__(self, node: Node, base: Opened, say: Say) -> None:
         self.node, self.base, self.say = node, base, say
 
-    def run(self) -> dict[str, Any]:
+    def run(self, *, beside: dict[str, float]) -> dict[str, Any]:
         from tutelage.core.measure import Evals
 
         spec, modality = self.node.stage.evals, self.node.graph.modality
@@ -159,6 +160,7 @@ class Evaluated:
         probes = [registry.make(entry, place=f"stages.{self.node.name}.evals.run") for entry in entries]
         self.say({"doing": "measuring"})
         found = Evals(spec, probes, []).run(self.base.view, final=True)
+        found["values"] |= beside
         row = {"kind": "eval", "tick": 0, "step": 0, "tokens": 0, "final": True, "flops": 0.0, **found}
         assert self.node.folder is not None
         write_whole(self.node.folder / "metrics.jsonl", dumps(row) + "\n")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from torch import Tensor
 
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
-from tutelage.core.artifact import save_tensors
+from tutelage.core.artifact import About, read_header, save_tensors, write_tensors
+from tutelage.core.randomness import generator, seed_of
 
-SHARD = 1 << 30  # bytes of tensors held at a time
+SHARD = 4 << 30  # bytes of tensors in a file
 
 
 class Weights:
@@ -25,9 +28,11 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self.about: dict[str, About] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(str(path), framework="pt") as read:
-                self.files |= dict.fromkeys(read.keys(), path)
+            found = read_header(path)
+            self.files |= dict.fromkeys(found, path)
+            self.about |= found
         if not self.files:
             raise UserError(f"{folder} holds no safetensors weights")
 
@@ -39,11 +44,25 @@ class Weights:
             return read.get_tensor(name)
 
 
-def transform(method: Method, folders: list[Path], out: Path, *, place: str) -> None:
+@dataclass(frozen=True)
+class Site:
+    """The view of a hook that transforms weights: there is no model yet, but there is chance of its own."""
+
+    seed: int
+    stage: str  # without its arm
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """A CPU generator that depends on seed, stage and purpose only, whatever was merged before."""
+        return generator(seed_of(self.seed, self.stage, 0, purpose))
+
+
+def transform(
+    method: Method, folders: list[Path], out: Path, *, place: str, seed: int = 0, stage: str = "applied"
+) -> None:
     """Fill `out` with what a method's `tensor` or `grow` hook makes of the starts, config and tokenizer beside it."""
     copy_beside(folders[0], out)
     if "tensor" in method.hooks():
-        merge(method, folders, out, place=place)
+        merge(method, folders, out, Site(seed, stage), place=place)
         return
     if "grow" not in method.hooks():
         raise UserError(
@@ -65,8 +84,10 @@ def copy_beside(folder: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def merge(method: Method, folders: list[Path], out: Path, *, place: str) -> None:
-    """One tensor at a time, in shards, so that peak memory does not grow with the model."""
+def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: str) -> None:
+    """One tensor at a time, read and written, so that peak memory hangs on the largest tensor and not on the model."""
+    if method.takes not in (None, len(folders)):
+        raise UserError(f"{place}.start: {method.name()} takes {method.takes} models; here are {len(folders)}")
     inputs = [Weights(folder) for folder in folders]
     names = list(inputs[0])
     for other in inputs[1:]:
@@ -75,35 +96,36 @@ def merge(method: Method, folders: list[Path], out: Path, *, place: str) -> None
             raise UserError(
                 f"{place}.start: {folders[0]} and {other.folder} do not hold the same tensors: {odd[0]} is in one only"
             )
-    held: dict[str, Tensor] = {}
+    about = inputs[0].about
+    wide = {name: about[name].size // max(1, math.prod(about[name].shape)) for name in names}  # bytes of an entry
+    names.sort(key=lambda name: -wide[name])  # so that each begins at a multiple of its entries' size
+    shards = sharded({name: about[name].size for name in names})
     index: dict[str, str] = {}
-    shards = size = total = 0
-
-    def flush() -> None:
-        nonlocal held, shards, size
-        shards += 1
-        file = f"model-{shards:05d}.safetensors"
-        save_tensors(out / file, held)
-        index.update(dict.fromkeys(held, file))
-        held, size = {}, 0
-
-    for name in names:
-        result = merge_one(method, name, [weights[name] for weights in inputs], place=place)
-        held[name] = result
-        size += result.nbytes
-        total += result.nbytes
-        if size >= SHARD:
-            flush()
-    if held:
-        flush()
-    if shards == 1:
-        (out / "model-00001.safetensors").rename(out / "model.safetensors")
-    else:
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = ((n, merge_one(method, n, [weights[n] for weights in inputs], site, place=place)) for n in shard)
+        write_tensors(out / file, {name: about[name] for name in shard}, tensors)
+        index |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(about[name].size for name in names)
         whole: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": index}
         (out / "model.safetensors.index.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
 
-def merge_one(method: Method, name: str, tensors: list[Tensor], *, place: str) -> Tensor:
+def sharded(sizes: dict[str, int]) -> list[list[str]]:
+    """Names in order, as many in a file as fit into SHARD bytes (at least one)."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def merge_one(method: Method, name: str, tensors: list[Tensor], site: Site, *, place: str) -> Tensor:
     """One merged tensor, in the first input's type. The first start is the base where the method wants one."""
     if any(t.shape != tensors[0].shape for t in tensors):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
@@ -112,4 +134,4 @@ def merge_one(method: Method, name: str, tensors: list[Tensor], *, place: str) -
         return tensors[0]
     exact = [t.to(torch.float32) for t in tensors]
     base, rest = (exact[0], exact[1:]) if method.wants_base else (None, exact)
-    return method.tensor(name, rest, base).to(tensors[0].dtype)
+    return method.tensor(name, rest, base, site).to(tensors[0].dtype)

@@ -27,6 +27,17 @@ def orthogonal(x: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Tensor:
     return y.mT if tall else y
 
 
+def effective_rank(values: Tensor) -> Tensor:
+    """Roy and Vetterli 2007: exp of the entropy of the singular values as shares of their sum, along the last dimension.
+
+    Between 1 and their number; 0 of a matrix of zeros.
+    """
+    whole = values.sum(-1, keepdim=True)
+    shares = values / whole.clamp(min=torch.finfo(values.dtype).tiny)
+    entropy = -torch.xlogy(shares, shares).sum(-1)
+    return torch.where(whole[..., 0] > 0, entropy.exp(), 0.0)
+
+
 def change(run: Any) -> dict[str, float]:
     """The mean stable rank of what a finished run added to each matrix, as a share of full (a method's effect)."""
     start, end = run.start(), run.weights()

@@ -10,12 +10,14 @@ Differs: nothing; the paper's greedy soup is a sweep over which models take part
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 from torch import Tensor
 
 from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
-from tutelage.methods._kit.vectors import moved, weights_for
+from tutelage.methods._kit.vectors import moved, one_each, summed
 
 
 class Linear(Method):
@@ -26,17 +28,11 @@ class Linear(Method):
     baseline = {"use": "merge/linear", "weights": [1.0, 0.0]}
     on = {"weights": [0.5, 0.5]}
 
-    def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None) -> Tensor:
-        weights = weights_for(self.weights, tensors, method="merge/linear")
-        if self.normalize:
-            whole = sum(weights)
-            if whole == 0:
-                raise UserError("merge/linear.weights: they add up to 0; write normalize: false to take the bare sum")
-            weights = [weight / whole for weight in weights]
-        total = tensors[0] * weights[0]
-        for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-            total.add_(tensor, alpha=weight)
-        return total
+    def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None, view: Any) -> Tensor:
+        weights = one_each(self.weights, tensors, place="merge/linear.weights")
+        if self.normalize and sum(weights) == 0:
+            raise UserError("merge/linear.weights: they add up to 0; write normalize: false to take the bare sum")
+        return summed(tensors, weights, normalize=self.normalize)
 
 
 def effect(run: Seen) -> dict[str, float]:
@@ -48,12 +44,14 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
 
 
 BENCH = Bench(
-    base="recipes/bench/two-domains.yaml",
-    arm={"start": ["one", "two"], "apply": {"use": "merge/linear", "weights": [0.5, 0.5]}},
+    base="recipes/bench/merge.yaml",
+    arm={"start": ["code", "asked", "records"], "apply": {"use": "merge/linear"}},
     stage="merged",
-    baseline={"start": ["one", "two"], "apply": {"use": "merge/linear", "weights": [0.0, 1.0]}},
-    metric="forgetting/prose",
+    baseline={"start": ["code", "asked", "records"], "apply": {"use": "merge/linear", "weights": [1, 0, 0]}},
+    metric="bits_per_byte",
     better="lower",
     margin=0.01,
+    tune={"apply.weights": [[1, 1, 1], [2, 1, 1], [1, 1, 2]]},
+    tune_baseline={"apply.weights": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]},
     scale="ViT-G/14 and BERT-base fine-tuned many times",
 )

@@ -11,11 +11,11 @@ Differs: each tensor is one vector; nearly colinear tensors (cosine over 0.9995)
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from pydantic import Field
 from torch import Tensor
 
-from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
 from tutelage.methods._kit.vectors import moved
 
@@ -25,12 +25,11 @@ COLINEAR = 0.9995
 class Slerp(Method):
     t: float = Field(0.5, ge=0, le=1, description="share of the way from the first start to the second")
 
+    takes = 2
     no_off = "a merge is a stage of its own"
     baseline = {"use": "merge/slerp", "t": 0.0}
 
-    def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None) -> Tensor:
-        if len(tensors) != 2:
-            raise UserError(f"merge/slerp goes from one model to one other; `start` names {len(tensors)}")
+    def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None, view: Any) -> Tensor:
         a, b = tensors
         cosine = cosine_of(a, b)
         if abs(cosine) > COLINEAR:
@@ -56,12 +55,14 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
 
 
 BENCH = Bench(
-    base="recipes/bench/two-domains.yaml",
-    arm={"start": ["one", "two"], "apply": {"use": "merge/slerp"}},
+    base="recipes/bench/merge.yaml",
+    arm={"start": ["code", "asked"], "apply": {"use": "merge/slerp", "t": 0.5}},
     stage="merged",
-    baseline={"start": ["one", "two"], "apply": {"use": "merge/linear", "weights": [0.5, 0.5]}},
-    metric="forgetting/prose",
+    baseline={"start": ["code", "asked"], "apply": {"use": "merge/linear", "weights": [0.5, 0.5]}},
+    metric="bits_per_byte",
     better="lower",
     margin=0.01,
+    tune={"apply.t": [0.25, 0.4, 0.5, 0.6, 0.75]},
+    tune_baseline={"apply.weights": [[0.75, 0.25], [0.6, 0.4], [0.5, 0.5], [0.4, 0.6], [0.25, 0.75]]},
     scale="7 B parameters (2403.13257)",
 )

@@ -10,12 +10,13 @@ Differs: weights for single models beside the paper's one scale
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from pydantic import Field
 from torch import Tensor
 
 from tutelage.base.method import Bench, Method, Seen
-from tutelage.methods._kit.vectors import deltas, moved, weights_for
+from tutelage.methods._kit.vectors import deltas, moved, one_each, summed
 
 
 class TaskArithmetic(Method):
@@ -27,14 +28,10 @@ class TaskArithmetic(Method):
     no_off = "a merge is a stage of its own"
     baseline = {"use": "merge/task_arithmetic", "scale": 0.0}
 
-    def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None) -> Tensor:
+    def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None, view: Any) -> Tensor:
         base, vectors = deltas(tensors, base, method="merge/task_arithmetic")
-        weights = weights_for(self.weights, tensors, method="merge/task_arithmetic")
-        total = torch.zeros_like(base)
-        for vector, weight in zip(vectors, weights, strict=True):
-            total.add_(vector, alpha=weight)
-        divisor = sum(weights) if self.normalize and abs(sum(weights)) > 1e-8 else 1.0
-        return base + total * (self.scale / divisor)
+        weights = one_each(self.weights, tensors, place="merge/task_arithmetic.weights")
+        return base + self.scale * summed(vectors, weights, normalize=self.normalize)
 
 
 def effect(run: Seen) -> dict[str, float]:
@@ -46,12 +43,14 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
 
 
 BENCH = Bench(
-    base="recipes/bench/two-domains.yaml",
-    arm={"start": ["one", "two"], "apply": {"use": "merge/task_arithmetic", "scale": 0.5}},
+    base="recipes/bench/merge.yaml",
+    arm={"apply": {"use": "merge/task_arithmetic", "scale": 0.5}},
     stage="merged",
-    baseline={"start": ["one", "two"], "apply": {"use": "merge/task_arithmetic", "scale": 1.0}},
-    metric="forgetting/prose",
+    baseline={"start": ["code", "asked", "records"], "apply": {"use": "merge/linear"}},
+    metric="bits_per_byte",
     better="lower",
     margin=0.01,
+    tune={"apply.scale": [0.3, 0.5, 0.7, 1.0]},
+    tune_baseline={"apply.weights": [[1, 1, 1], [2, 1, 1], [1, 2, 1], [1, 1, 2]]},
     scale="CLIP ViT-L/14, T5-base, GPT-2",
 )

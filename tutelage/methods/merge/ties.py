@@ -10,16 +10,18 @@ Differs: trims each tensor by itself, as mergekit does; the paper's code trims o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from tutelage.base.method import Bench, Method, Seen
-from tutelage.methods._kit.vectors import deltas, moved, weights_for
+from tutelage.methods._kit.vectors import Share, agreed, deltas, moved, one_each
 
 
 class TIES(Method):
-    density: float | list[float] = Field(0.2, description="share of each task vector that is kept, largest first")
+    density: Share | list[Share] = Field(0.2, description="share of each task vector that is kept, largest first")
     weights: list[float] | None = Field(None, description="weight of each model after the base, in order; 1 each")
     scale: float = Field(1.0, description="λ, which multiplies the merged task vector")
     normalize: bool = Field(True, description="divide each entry by the weights that agree on it: the disjoint mean")
@@ -28,21 +30,12 @@ class TIES(Method):
     no_off = "a merge is a stage of its own"
     baseline = {"use": "merge/task_arithmetic"}
 
-    def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None) -> Tensor:
+    def tensor(self, name: str, tensors: list[Tensor], base: Tensor | None, view: Any) -> Tensor:
         base, vectors = deltas(tensors, base, method="merge/ties")
-        weights = weights_for(self.weights, tensors, method="merge/ties")
-        density = self.density if isinstance(self.density, list) else [self.density] * len(tensors)
-        density = weights_for(density, tensors, method="merge/ties: density as")
-        weighted = [trim(v, d) * w for v, d, w in zip(vectors, density, weights, strict=True)]
-        elected = torch.where(torch.stack(weighted).sum(0) >= 0, 1.0, -1.0)
-        total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
-        for vector, weight in zip(weighted, weights, strict=True):
-            agrees = vector.sign() == elected  # an entry that was trimmed has sign 0 and agrees with none
-            total += vector * agrees
-            divisor += weight * agrees
-        if self.normalize:
-            total /= torch.where(divisor == 0, 1.0, divisor)
-        return base + self.scale * total
+        weights = one_each(self.weights, tensors, place="merge/ties.weights")
+        shares = one_each(self.density, tensors, place="merge/ties.density")
+        trimmed = [trim(vector, share) for vector, share in zip(vectors, shares, strict=True)]
+        return base + self.scale * agreed(trimmed, weights, normalize=self.normalize)
 
 
 def trim(vector: Tensor, density: float) -> Tensor:
@@ -64,12 +57,14 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
 
 
 BENCH = Bench(
-    base="recipes/bench/two-domains.yaml",
-    arm={"start": ["one", "two"], "apply": {"use": "merge/ties"}},
+    base="recipes/bench/merge.yaml",
+    arm={"apply": {"use": "merge/ties", "scale": 1.0}},
     stage="merged",
-    baseline={"start": ["one", "two"], "apply": {"use": "merge/task_arithmetic"}},
-    metric="forgetting/prose",
+    baseline={"apply": {"use": "merge/task_arithmetic", "scale": 0.5}},
+    metric="bits_per_byte",
     better="lower",
     margin=0.01,
+    tune={"apply.density": [0.2, 0.5], "apply.scale": [0.7, 1.0, 1.5]},
+    tune_baseline={"apply.scale": [0.2, 0.3, 0.4, 0.5, 0.7, 1.0]},
     scale="T5-large, ViT-L/14",
 )
