@@ -27,6 +27,7 @@ class Method(BaseModel):
     wants_base: ClassVar[bool] = False  # a merge whose first input is what the others are compared with
     steerable: ClassVar[frozenset[str]] = frozenset()  # fields that an action may set in a running stage
     guards: ClassVar[bool] = False  # a policy that is asked what to do about a loss that is no number
+    separable: ClassVar[bool] = False  # an optimizer that steps each parameter without looking at the others
     last: ClassVar[str | None] = None  # a schedule's field that says over which last span the rate falls
     tolerance: ClassVar[float] = 1e-5  # two processes against one
 
