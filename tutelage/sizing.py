@@ -209,9 +209,11 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
     states = states_per_param(methods, model)
     frozen = sum(len(m.refs) for m in methods.all()) * model.params * 4
     autocast = autocast_of(stage.precision, device)
+    fused = stage.engine.fused_backward
+    gradients = max((p.numel() for p in model.module.parameters() if p.requires_grad), default=0)
     fixed = (
         weights_of(node, model) + frozen,
-        int(4 * model.trained * (1 + states)),
+        int(4 * ((gradients if fused else model.trained) + model.trained * states)),
     )  # there before micro-batches are, and after
 
     def total(count: int, length: int, checkpointing: bool) -> dict[str, int]:
@@ -224,11 +226,12 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
             checkpointing=checkpointing,
             chunk=CHUNK["cpu" if device.type == "cpu" else "cuda"],
             quantize=stage.engine.quantize is not None,
+            fused=fused,
         )
         return {**found, "frozen": frozen, "total": found["total"] + frozen}
 
     count = min(stage.engine.micro or rows, rows)
-    if stage.engine.micro is None and free is not None:
+    if stage.engine.micro is None and free is not None and not fused:
         room = (micro.SHARE if device.type == "cpu" else 1.0) * (free - sum(fixed))
         options: dict[str, Any] = {"autocast": autocast, "checkpointing": stage.engine.checkpointing}
         count = micro.fit(model.module, rows=rows, length=stage.length, room=room, parts=model.parts, **options)
@@ -240,7 +243,7 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
         if count > 1:
             less = total(count // 2, *now[1:])["total"]
             smaller |= {"batch": (f"{count // 2}sample", less)} if count == rows else {}
-            smaller["engine.micro"] = (str(count // 2), less)
+            smaller |= {} if fused else {"engine.micro": (str(count // 2), less)}
         if stage.length >= 16:
             smaller["length"] = (str(stage.length // 2), total(count, stage.length // 2, now[2])["total"])
         if not stage.engine.checkpointing:
