@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,29 +168,32 @@ def _forward(model: Model, length: int) -> float:
 
 
 def states_per_param(methods: Methods, model: Model) -> float:
-    """Numbers that the optimizer keeps for each trained one, seen by a step on small parameters of every role."""
+    """Numbers that the optimizer keeps for each trained one, seen by a step on parameters of every role and shape."""
     method = methods.slots["optim"]
-    sizes: dict[str, int] = {}
+    counts: Counter[tuple[str, torch.Size]] = Counter()
     for name, p in model.module.named_parameters():
         if p.requires_grad:
-            role = model.parts.role(name) if name in model.parts.roles else "matrix"
-            sizes[role] = sizes.get(role, 0) + p.numel()
+            counts[model.parts.role(name) if name in model.parts.roles else "matrix", p.shape] += 1
     try:
-        held = {role: _states(method, role) for role in sizes}
-    except Exception:  # it wants real shapes: Adam's two numbers stand in
+        held = {(role, shape): _states(method, role, shape) for role, shape in counts}
+    except Exception:  # it looks at contents, and there are none: Adam's two numbers stand in
         return 2.0
-    return sum(held[role] * size for role, size in sizes.items()) / max(1, sum(sizes.values()))
+    whole = sum(shape.numel() * count for (_, shape), count in counts.items())
+    return sum(held[key] * count for key, count in counts.items()) / max(1, whole)
 
 
-def _states(method: Any, role: str) -> float:
-    shape = (64,) if role in ("norm", "bias") else (64, 64)
-    p = nn.Parameter(torch.zeros(shape))
-    group = {"role": role, "rate": 1.0, "decay": None, "names": ["p"], "params": [p]}
-    optimizer = method.build([group])
-    p.grad = torch.ones(shape)
-    optimizer.step()
-    held = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    return sum(v.numel() for v in held if v.ndim) / p.numel()
+def _states(method: Any, role: str, shape: torch.Size) -> int:
+    """Numbers kept for one parameter, from a step on tensors without contents."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        p = nn.Parameter(torch.zeros(shape))
+        group = {"role": role, "rate": 1.0, "decay": None, "names": ["p"], "params": [p]}
+        optimizer = method.build([group])
+        p.grad = torch.ones(shape)
+        optimizer.step()
+        held = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+        return sum(v.numel() for v in held if v.ndim)
 
 
 def weights_of(node: Node, model: Model) -> int:
@@ -205,9 +209,11 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
     states = states_per_param(methods, model)
     frozen = sum(len(m.refs) for m in methods.all()) * model.params * 4
     autocast = autocast_of(stage.precision, device)
+    fused = stage.engine.fused_backward
+    gradients = max((p.numel() for p in model.module.parameters() if p.requires_grad), default=0)
     fixed = (
         weights_of(node, model) + frozen,
-        int(4 * model.trained * (1 + states)),
+        int(4 * ((gradients if fused else model.trained) + model.trained * states)),
     )  # there before micro-batches are, and after
 
     def total(count: int, length: int, checkpointing: bool) -> dict[str, int]:
@@ -220,11 +226,12 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
             checkpointing=checkpointing,
             chunk=CHUNK["cpu" if device.type == "cpu" else "cuda"],
             quantize=stage.engine.quantize is not None,
+            fused=fused,
         )
         return {**found, "frozen": frozen, "total": found["total"] + frozen}
 
     count = min(stage.engine.micro or rows, rows)
-    if stage.engine.micro is None and free is not None:
+    if stage.engine.micro is None and free is not None and not fused:
         room = (micro.SHARE if device.type == "cpu" else 1.0) * (free - sum(fixed))
         options: dict[str, Any] = {"autocast": autocast, "checkpointing": stage.engine.checkpointing}
         count = micro.fit(model.module, rows=rows, length=stage.length, room=room, parts=model.parts, **options)
@@ -236,7 +243,7 @@ def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[
         if count > 1:
             less = total(count // 2, *now[1:])["total"]
             smaller |= {"batch": (f"{count // 2}sample", less)} if count == rows else {}
-            smaller["engine.micro"] = (str(count // 2), less)
+            smaller |= {} if fused else {"engine.micro": (str(count // 2), less)}
         if stage.length >= 16:
             smaller["length"] = (str(stage.length // 2), total(count, stage.length // 2, now[2])["total"])
         if not stage.engine.checkpointing:

@@ -40,7 +40,7 @@ def test_adamw_decays_matrices_and_embeddings_but_no_norm_and_no_bias():
 
 
 def test_a_groups_own_rate_and_decay_reach_the_optimizer():
-    for use in ("adamw", "muon"):
+    for use in ("adamw", "muon", "galore", "fira"):
         method = registry.make({"use": f"optim/{use}", "lr": 0.01})
         optimizer = method.build(groups_of(tiny("llama"), rate=0.5, decay=0.7))
         assert {g["lr"] for g in optimizer.param_groups} == {0.005}
@@ -105,7 +105,7 @@ def test_muon_takes_hidden_matrices_and_experts_and_leaves_the_rest_to_adamw():
     assert len(optimizer.state) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("use", ["adamw", "muon"])
+@pytest.mark.parametrize("use", ["adamw", "muon", "galore", "fira"])
 def test_a_state_put_back_by_parameter_goes_on_to_the_bit(use):
     method = registry.make({"use": f"optim/{use}", "lr": 0.01})
     whole = tiny("qwen2")
@@ -126,7 +126,7 @@ def test_a_state_put_back_by_parameter_goes_on_to_the_bit(use):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("use", ["adamw", "muon"])
+@pytest.mark.parametrize("use", ["adamw", "muon", "galore", "fira"])
 def test_the_rate_that_the_engine_sets_is_the_rate_of_the_step(use):
     model = tiny("llama")
     optimizer = registry.make({"use": f"optim/{use}", "lr": 0.1}).build(groups_of(model))

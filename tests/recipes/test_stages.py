@@ -305,11 +305,14 @@ def test_a_stage_starts_from_a_step_of_another(folder: Path) -> None:
     assert made.nodes["two"].fingerprint != other.nodes["two"].fingerprint
 
 
-def test_a_stage_that_takes_everything_along_goes_on_as_if_there_were_no_border(folder: Path) -> None:
+@pytest.mark.parametrize("optim", [{"use": "optim/adamw"}, {"use": "optim/galore", "rank": 4, "refresh": 4}])
+def test_a_stage_that_takes_everything_along_goes_on_as_if_there_were_no_border(
+    optim: dict[str, Any], folder: Path
+) -> None:
     def carried(recipe: dict[str, Any]) -> None:
         stages = recipe["stages"]
         falling = {"use": "schedule/linear", "warm": "3step", "floor": 0.1}
-        stages["one"] |= {"schedule": "schedule/constant", "optim": {"use": "optim/adamw", "lr": 3e-3}}
+        stages["one"] |= {"schedule": "schedule/constant", "optim": {**optim, "lr": 3e-3}}
         stages["two"] = {**stages["one"], "start": "one", "carry": ["optimizer", "schedule", "data"]}
         del stages["two"]["tokenizer"]
         stages["slower"] = {**stages["two"], "schedule": falling}
@@ -318,7 +321,8 @@ def test_a_stage_that_takes_everything_along_goes_on_as_if_there_were_no_border(
         carried(recipe)
         recipe["stages"] = {"one": {**recipe["stages"]["one"], "until": "12step"}}
 
-    made, other = run(folder, carried, name="carried"), run(folder, unbroken, name="unbroken")
+    kind = optim["use"].rpartition("/")[2]
+    made, other = run(folder, carried, name=f"carried-{kind}"), run(folder, unbroken, name=f"unbroken-{kind}")
     assert digest_of(home(made, "two")) == digest_of(home(other, "one"))
     rows, whole = numbers(home(made, "two"), kind="train"), numbers(home(other, "one"), kind="train")[6:]
     assert [row["cursors"] for row in rows] == [row["cursors"] for row in whole]

@@ -56,7 +56,9 @@ GROUPS: dict[str, tuple[Foreign, ...]] = {
     "Optimizer": (
         Foreign(("learning_rate", "lr"), (*_ALL, TT), "optim: {use: optim/adamw, lr: 2e-5}"),
         Foreign(("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "embedding_lr_scale", "lr_groups", "loraplus_lr_ratio"), (NC, AX, LF), "groups: [{match: '*embed*', rate: 0.1}]", "a factor on the optimizer's rate"),
-        Foreign(("optimizer", "optim_args", "optim_target_modules", "use_galore", "use_badam", "use_apollo"), (AX, HF, LF, TT), "optim: optim/adamw", "`tutelage methods` lists all"),
+        Foreign(("optimizer", "optim_args", "use_badam", "use_apollo"), (AX, HF, LF, TT), "optim: optim/adamw", "`tutelage methods` lists all"),
+        Foreign(("use_galore", "galore_rank", "galore_update_interval", "galore_scale", "galore_target", "optim_target_modules"), (LF, HF, AX), "optim: {use: optim/galore, rank: 128, refresh: 200, scale: 0.25}", "the matrices of all blocks"),
+        Foreign(("galore_layerwise", "optimizer_in_bwd", "enable_optimizer_in_backward"), (LF, TT), "engine: {clip: null, fused_backward: true}", "a parameter is stepped as soon as its gradient is whole"),
         Foreign(("weight_decay",), (*_ALL, NC), "optim: {use: optim/adamw, decay: 0.1}"),
         Foreign(("adam_beta1", "adam_beta2", "adam_beta3"), _ALL, "optim: {use: optim/adamw, betas: [0.9, 0.95]}"),
         Foreign(("adam_epsilon", "adam_epsilon2"), _ALL, "optim: {use: optim/adamw, eps: 1e-8}"),

@@ -144,6 +144,9 @@ class EngineSpec(Waiting):
     checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, a third more compute"
     )
+    fused_backward: bool = Field(
+        False, description="step each parameter within backward and free its gradient; needs `clip: null`"
+    )
     deterministic: bool = Field(True, description="same bits on every run; false gives back its cost and the promise")
     quantize: Literal["nf4", "fp4"] | None = Field(
         None, description="hold frozen linear weights in four bits, as QLoRA does; needs bitsandbytes"

@@ -165,8 +165,9 @@ def carry(run: Run) -> None:
     tensors, facts = artifact.load_state(place)
     if "optimizer" in wanted:
         states = {key: t for key, t in tensors["optimizer"].items() if key.rpartition("|")[0] in run.engine.params}
+        before = {name: t.shape for name, t in {**tensors["model"], **tensors.get("extra", {})}.items()}
         fits = {
-            k: t for k, t in states.items() if t.ndim == 0 or t.shape == run.engine.params[k.rpartition("|")[0]].shape
+            k: t for k, t in states.items() if before.get(name := k.rpartition("|")[0]) == run.engine.params[name].shape
         }
         load_optimizer(run, fits, None)
         run.say({"note": f"optimizer state: {len(fits)} kept, {len(tensors['optimizer']) - len(fits)} impossible"})

@@ -15,6 +15,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.method import Method
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.flops import FlopMeter
+from tutelage.core.fused import Fused
 from tutelage.core.memory import is_oom
 from tutelage.core.modality import Modality
 from tutelage.core.out import Out, forward
@@ -56,6 +57,7 @@ class Engine:
     grad_hooks: Sequence[Method] = ()
     optimizer: torch.optim.Optimizer | None = None
     params: dict[str, nn.Parameter] = field(default_factory=dict)  # what is trained, by name
+    fused: Fused | None = None  # steps parameters within backward
     flops: FlopMeter = field(default_factory=FlopMeter)
     others: dict[int, Anatomy] = field(default_factory=dict)  # of frozen reference models
     on_micro: Callable[[int], None] = lambda rows: None  # told when memory forces a smaller micro-batch
@@ -83,6 +85,8 @@ class Engine:
     def step(self, batch: Batch, view: Any) -> dict[str, float]:
         """Gradients of the loss over the whole batch, then the optimizer. Returns the step's numbers."""
         assert self.optimizer is not None
+        if self.fused is not None:
+            return self.fused.step(batch, view)
         numbers = self.learn(batch, view)
         for method in self.grad_hooks:
             method.grads(self.gradients(), view)
@@ -100,7 +104,7 @@ class Engine:
                 break
             except (RuntimeError, MemoryError) as error:
                 rows = min(self.micro or len(mine), len(mine))
-                if not is_oom(error) or rows <= 1 or self.world.size > 1:
+                if not is_oom(error) or rows <= 1 or self.world.size > 1 or self.fused is not None:
                     raise
             self._forget_gradients()
             self.micro = rows // 2
@@ -123,7 +127,8 @@ class Engine:
         Parts that count different things cannot share the division: their weights are then learned first, in a pass
         without gradients (only where there is something to divide over: several micro-batches or ranks).
         """
-        micros = [micro.to(self.device) for micro in mine.split(self.micro or max(1, len(mine)))]
+        rows = len(mine) if self.fused is not None else self.micro  # steps within backward take the whole batch
+        micros = [micro.to(self.device) for micro in mine.split(rows or max(1, len(mine)))]
         alone = len(micros) == 1 and self.world.size == 1
         scales = self._scales(micros, view) if self.uneven and not alone else [1.0] * (1 + len(self.auxiliaries))
         view.reseed("dropout", apart=True)  # so that a retry, or a pass more, draws the same masks
@@ -211,11 +216,12 @@ class Engine:
         """The objective's gradient on another batch, divided; the gradients in place are left as they were."""
         held = {name: p.grad for name, p in self.params.items()}
         auxiliaries, self.auxiliaries = self.auxiliaries, ()
+        fused, self.fused = self.fused, None
         try:
             self._forget_gradients()
             self._accumulate(self.world.share(batch), view)
             return self.gradients()
         finally:
-            self.auxiliaries = auxiliaries
+            self.auxiliaries, self.fused = auxiliaries, fused
             for name, p in self.params.items():
                 p.grad = held[name]

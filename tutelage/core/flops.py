@@ -7,6 +7,7 @@ half too, and a fused attention's backward counts the scores it computes again (
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import (
     addmm_flop,
     baddbmm_flop,
@@ -79,6 +80,12 @@ def count(fn: Callable[[], T]) -> tuple[T, int]:
     with _Counter() as counter:
         result = fn()
     return result, counter.flops
+
+
+def uncounted() -> contextlib.AbstractContextManager[Any]:
+    """Work within `count` that is not counted, as an optimizer's step never is."""
+    made: contextlib.AbstractContextManager[Any] = _disable_current_modes()
+    return made
 
 
 class _Counter(TorchDispatchMode):

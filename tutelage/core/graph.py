@@ -17,7 +17,7 @@ from tutelage.base.links import order, references
 from tutelage.base.method import Method
 from tutelage.base.spec import Recipe, SourceSpec, Stage, is_late
 from tutelage.base.values import unbound
-from tutelage.core import hashes, quantized
+from tutelage.core import fused, hashes, quantized
 from tutelage.core.identity import code_id, file_id, weights_id
 from tutelage.core.modality import Modality
 from tutelage.core.record import read_lines
@@ -26,7 +26,7 @@ NUMERICS = 1  # raised by hand when the core would give other numbers for the sa
 
 # What changes no number that the stage makes: measurement, saving, the machine.
 _APART = ("evals", "save", "keep", "start", "data", "of", "steering", "on")
-_ENGINE_APART = ("micro", "device", "threads")
+_ENGINE_APART = ("micro", "device", "threads", "fused_backward")
 _TRAINING = ("optim", "schedule", "mix", "curriculum", "step")  # slots that a stage which writes data never uses
 PASSAGE = 256  # tokens that an outside model writes at a time for `keep: self`, where rows have room for them
 STEPS = "steps"  # beside a stage's checkpoints: those that somebody starts from or exports, as model folders
@@ -213,7 +213,9 @@ class Graph:
         for stage_name in order(recipe):
             graph.nodes[stage_name] = Node(stage_name, recipe.stages[stage_name], graph)
         for node in graph.nodes.values():
-            quantized.check(node.name, node.stage, methods_of(node.name, unbound(node.stage)))  # refuse early
+            methods = methods_of(node.name, unbound(node.stage))
+            for mode in (quantized, fused):  # refuse early
+                mode.check(node.name, node.stage, methods)
         return graph
 
     def stage_name(self, start: Any) -> str | None:
@@ -260,7 +262,7 @@ class Graph:
             make={"use": self.modality.sampler, "length": min(PASSAGE, length)},
             length=length,
             seed=stage.seed,
-            engine=stage.engine.model_copy(update={"quantize": None}),
+            engine=stage.engine.model_copy(update={"quantize": None, "fused_backward": False}),
         )
         kept = {"self": SourceSpec(stage=writer, val="20%")}
         self.recipe.stages[name] = stage.model_copy(update={"keep": kept})

@@ -48,6 +48,7 @@ def estimate(
     checkpointing: bool = False,
     chunk: int | None = None,
     quantize: bool = False,
+    fused: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, int]:
     """Bytes one training step needs: `weights gradients optimizer activations logits total`.
@@ -55,7 +56,8 @@ def estimate(
     `model` is a transformers model (on the meta device, say) or its configuration; `dtype` that of weights, gradients
     and optimizer states (`optimizer_states_per_param` numbers for each trainable one), `autocast` that of the work if
     it differs. `batch_rows` × `length` is one micro-batch. `chunk` is the most numbers in a chunk of logits.
-    With `quantize` the frozen linear layers hold four bits a weight.
+    With `quantize` the frozen linear layers hold four bits a weight; when backward is `fused` with the optimizer, only
+    the largest gradient is there at once.
 
     Activations are what autograd saves in a forward traced on tensors without contents, plus what backward has in
     flight in the largest block; with `checkpointing`, the input of each block and one block's own. A model that
@@ -67,13 +69,14 @@ def estimate(
         model = _from_config(model)
     parts = anatomy(model)
     item = dtype.itemsize
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learned = [p.numel() for p in model.parameters() if p.requires_grad]
+    trainable = sum(learned)
     saved, flight = _activations(model, parts, batch_rows, length, dtype, autocast, checkpointing, device)
     logits = _logits(model, parts, batch_rows * length, chunk, torch.device(device))
     weights = sum(p.numel() for p in model.parameters()) * item
     result = {
         "weights": weights - (quantized.saved(model, parts, item=item) if quantize else 0),
-        "gradients": trainable * item,
+        "gradients": (max(learned, default=0) if fused else trainable) * item,
         "optimizer": int(trainable * optimizer_states_per_param * item),
         "activations": saved + max(0, flight - logits),  # the head is done when the blocks' backward begins
         "logits": logits,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tutelage.base.errors import UserError
 from tutelage.core import memory
 from tutelage.core.anatomy import Anatomy, anatomy
 
@@ -24,6 +25,14 @@ EASY = 0.1  # of the room: a bound this far below it needs no tracing, which tak
 def begin(run: Run) -> None:
     """Set the engine's micro-batch: the recipe's, the one chosen before a cut, or a new one. Changes are journaled."""
     engine = run.engine
+    if engine.fused is not None:  # the whole batch, always
+        found = find(run)
+        if found < run.rows:
+            raise UserError(
+                f"stages.{run.node.name}.engine.fused_backward: memory holds {found} of the {run.rows} rows of a step, "
+                "which cannot be split; lower `batch` or `length`, or set engine.checkpointing"
+            )
+        return
     write = engine.world.rank == 0
 
     def note(rows: int) -> None:
@@ -49,7 +58,8 @@ def find(run: Run) -> int:
     rows = -(-run.rows // engine.world.size)
     if engine.device.type != "cpu":
         return rows  # running out is told there, and halves
-    states = 3 * sum(p.numel() * p.element_size() for p in engine.params.values())  # gradients and two numbers for each
+    each = 3 if engine.fused is None else 2  # gradients and two numbers for each
+    states = each * sum(p.numel() * p.element_size() for p in engine.params.values())
     room = SHARE * (memory.available("cpu") - states) / engine.world.size
     return fit(
         engine.model,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tutelage.base.errors import UserError
 from tutelage.core import artifact, quantized
 from tutelage.core.anatomy import anatomy, match
+from tutelage.core.fused import Fused
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
@@ -126,6 +127,9 @@ def optimizer(run: Run) -> None:
     for group in engine.optimizer.param_groups:
         group["base_lr"] = float(group["lr"])
         group["ratio"] = group["base_lr"] / method.lr if getattr(method, "lr", 0.0) else group.get("rate", 1.0)
+    if engine.fused is not None:
+        engine.fused.release()
+    engine.fused = Fused(engine) if run.node.stage.engine.fused_backward else None
 
 
 def retrain(run: Run, active: set[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def decayed(group: dict[str, Any], decay: float, *, embeddings: bool = True) -> float:
@@ -15,6 +16,20 @@ def decayed(group: dict[str, Any], decay: float, *, embeddings: bool = True) -> 
     if group["role"] in ("norm", "bias") or all(p.ndim < 2 for p in group["params"]):
         return 0.0
     return 0.0 if group["role"] == "embedding" and not embeddings else decay
+
+
+def parted(
+    groups: list[dict[str, Any]], fits: Callable[[str, Tensor], bool]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Groups of the parameters that fit (by role and tensor) and groups of the others, in the groups' order."""
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for group in groups:
+        mine = [fits(group["role"], p) for p in group["params"]]
+        for wanted, side in zip((True, False), sides, strict=True):
+            chosen = [i for i, fit in enumerate(mine) if fit is wanted]
+            if chosen:
+                side.append({**group, **{key: [group[key][i] for i in chosen] for key in ("names", "params")}})
+    return sides
 
 
 class Joined(torch.optim.Optimizer):

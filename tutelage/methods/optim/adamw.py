@@ -28,6 +28,7 @@ class AdamW(Method):
 
     no_off = "a stage always has an optimizer"
     baseline = {"use": "optim/adamw", "lr": 0.0}
+    separable = True
     steerable = frozenset({"decay"})
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

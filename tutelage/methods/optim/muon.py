@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tutelage.base.method import Bench, Method, Seen
-from tutelage.methods._kit.optim import Joined, decayed, last_over_first
+from tutelage.methods._kit.optim import Joined, decayed, last_over_first, parted
 from tutelage.methods._kit.spectra import change, orthogonal
 
 
@@ -39,18 +39,14 @@ class Muon(Method):
 
     no_off = "a stage always has an optimizer"
     baseline = {"use": "optim/adamw"}
+    separable = True
     steerable = frozenset({"decay", "momentum"})
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        hidden: list[dict[str, Any]] = []
-        rest: list[dict[str, Any]] = []
-        for group in groups:
-            mine = [is_hidden(group["role"], p) for p in group["params"]]
-            for wanted, place, lr in ((True, hidden, self.lr), (False, rest, self.rate_of_rest)):
-                chosen = [i for i, fits in enumerate(mine) if fits is wanted]
-                if chosen:
-                    part = {**group, **{key: [group[key][i] for i in chosen] for key in ("names", "params")}}
-                    place.append({**part, "lr": lr * group["rate"], **self.settings(part)})
+        hidden, rest = (
+            [{**group, "lr": lr * group["rate"], **self.settings(group)} for group in side]
+            for side, lr in zip(parted(groups, is_hidden), (self.lr, self.rate_of_rest), strict=True)
+        )
         parts: list[torch.optim.Optimizer] = []
         if hidden:
             parts.append(_Muon(hidden, self))

@@ -19,21 +19,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tutelage.base.errors import UserError
-from tutelage.base.method import Bench, Method, Seen
+from tutelage.base.method import Bench, Seen
 from tutelage.methods._kit import adapters
+from tutelage.methods._kit.lora import Additions
 
-LABEL = "default"  # PEFT's name of a layer's one adapter
 SHARED = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora"}
 
 
-class LoRA(Method):
-    r: int = Field(8, ge=1, description="rank of the addition")
-    alpha: float = Field(16.0, description="the addition is multiplied by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the addition's input")
-    targets: list[str] | None = Field(
-        None, description="patterns of layers to wrap, or their last names (q_proj); the blocks' linears when left out"
-    )
-    rslora: bool = Field(False, description="divide alpha by the root of r, so that high ranks learn as fast")
+class LoRA(Additions):
     initial: str | None = Field(None, description="folder of an adapter in PEFT's format to start from")
 
     no_off = "without it the weights themselves are trained"
@@ -58,71 +51,25 @@ class LoRA(Method):
     def files(self) -> list[Path]:
         return [] if self.initial is None else [Path(self.initial)]
 
-    def wrap(self, layer: nn.Module, name: str, view: Any) -> nn.Module | None:
-        from peft.tuners.lora.layer import dispatch_default
-
-        if name not in self.chosen(view.engine.anatomy):
-            return None
-        wrapper: Any = dispatch_default(layer, LABEL, config=self.config(layer), r=self.r, lora_alpha=self.alpha)
-        first, second = wrapper.lora_A[LABEL].weight, wrapper.lora_B[LABEL].weight
-        with torch.no_grad():
-            if self.initial is None:  # as PEFT draws it, but the same on every rank and whatever else is wrapped
-                start = torch.empty(first.shape)
-                nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=view.rng(f"lora|{name}"))
-                first.copy_(start)
-            else:
-                a, b = adapters.factors(Path(self.initial), name)
-                first.copy_(adapters.fitting(a, first, name))
-                second.copy_(adapters.fitting(b, second, name))
-        made: nn.Module = wrapper
-        return made
+    def start(self, first: Tensor, second: Tensor, name: str, view: Any) -> None:
+        """As PEFT draws it, but the same on every rank and whatever else is wrapped; or as the adapter has it."""
+        if self.initial is None:
+            drawn = torch.empty(first.shape)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=view.rng(f"lora|{name}"))
+            first.copy_(drawn)
+        else:
+            a, b = adapters.factors(Path(self.initial), name)
+            first.copy_(adapters.fitting(a, first, name))
+            second.copy_(adapters.fitting(b, second, name))
 
     def chosen(self, anatomy: Any) -> set[str]:
-        """Names of the layers to wrap."""
-        if self.targets is not None:
-            patterns = [p if set(p) & set("*?[.:") else f"*.{p}" for p in self.targets]
-            return set(anatomy.match(patterns, names=anatomy.linears))
-        if self.initial is not None:
-            found = adapters.names(Path(self.initial))
-            odd = sorted(found - set(anatomy.linears))
-            if odd:
-                raise UserError(f"param/lora.initial: {self.initial} adapts {odd[0]}, which is no linear layer here")
-            return found
-        return {name for name in anatomy.linears if anatomy.block_index(name) is not None}
-
-    def config(self, layer: nn.Module) -> Any:
-        from peft import LoraConfig
-
-        made: Any = LoraConfig
-        return made(
-            r=self.r,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            use_rslora=self.rslora,
-            fan_in_fan_out=not isinstance(layer, nn.Linear),  # Conv1D keeps its weight transposed
-        )
-
-    def trains(self, name: str) -> bool:
-        return name.startswith(("lora_A.", "lora_B."))
-
-    @torch.no_grad()
-    def fold(self, module: Any) -> Tensor:
-        """The layer's weight with the addition in it, in the layer's own layout."""
-        weight: Tensor = module.get_base_layer().weight + module.get_delta_weight(LABEL)
-        return weight
-
-    def adapter(self, modules: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What PEFT reads: its configuration, and both factors of every wrapped layer under its names."""
-        layer = next(iter(modules.values())).get_base_layer()
-        config: dict[str, Any] = self.config(layer).to_dict()
-        config["target_modules"] = sorted(modules)
-        config["inference_mode"] = True  # PEFT loads it frozen, ready to use
-        tensors = {
-            adapters.key(name, label): getattr(module, label)[LABEL].weight.detach()
-            for name, module in modules.items()
-            for label in ("lora_A", "lora_B")
-        }
-        return config, tensors
+        if self.initial is None:
+            return super().chosen(anatomy)
+        found = adapters.names(Path(self.initial))
+        odd = sorted(found - set(anatomy.linears))
+        if odd:
+            raise UserError(f"param/lora.initial: {self.initial} adapts {odd[0]}, which is no linear layer here")
+        return found
 
 
 def effect(run: Seen) -> dict[str, float]:
