@@ -174,7 +174,8 @@ def apply(node: Node, *, world: World, say: Say) -> None:
         if len(folders) != len(starts) or not folders:
             raise UserError(f"stages.{node.name}.start: {method.name()} transforms weights; a config has none")
         made = node.folder / "made"
-        artifact.publish(made, lambda folder: surgery.transform(method, folders, folder, place=f"stages.{node.name}"))
+        site: dict[str, Any] = {"place": f"stages.{node.name}", "seed": node.seed, "stage": node.root}
+        artifact.publish(made, lambda folder: surgery.transform(method, folders, folder, **site))
         base = opened(node, world=world, say=say, start={"folder": str(made)})
         Evaluated(node, base, say).run()
         publish_model(node, base.engine.model, base.processor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from torch import Tensor
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
 from tutelage.core.artifact import save_tensors
+from tutelage.core.randomness import generator, seed_of
+from tutelage.core.types import Layout
 
 SHARD = 1 << 30  # bytes of tensors held at a time
+TOLERANCE = 1e-5  # of a grown model's answers beside its start's, where the method keeps the function
 
 
 class Weights:
@@ -39,7 +43,26 @@ class Weights:
             return read.get_tensor(name)
 
 
-def transform(method: Method, folders: list[Path], out: Path, *, place: str) -> None:
+@dataclass(frozen=True)
+class Site:
+    """The view of a `grow` hook: chance of its own, and how the model of any configuration is laid out."""
+
+    seed: int
+    stage: str
+
+    def rng(self, purpose: str) -> torch.Generator:
+        return generator(seed_of(self.seed, self.stage, 0, purpose))
+
+    def layout(self, config: dict[str, Any]) -> Layout:
+        """See `core.layout.layout`."""
+        from tutelage.core.layout import layout  # transformers' models take seconds to import, and merging needs none
+
+        return layout(config)
+
+
+def transform(
+    method: Method, folders: list[Path], out: Path, *, place: str, seed: int = 0, stage: str = "grown"
+) -> None:
     """Fill `out` with what a method's `tensor` or `grow` hook makes of the starts, config and tokenizer beside it."""
     copy_beside(folders[0], out)
     if "tensor" in method.hooks():
@@ -53,9 +76,32 @@ def transform(method: Method, folders: list[Path], out: Path, *, place: str) -> 
         raise UserError(f"{place}.start: {method.name()} grows one model (here {len(folders)})")
     weights = Weights(folders[0])
     config = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
-    config, tensors = method.grow(config, {name: weights[name] for name in weights})
+    config, tensors = method.grow(config, {name: weights[name] for name in weights}, Site(seed, stage))
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_tensors(out / "model.safetensors", tensors)
+    if method.keeps_function():
+        same_answers(folders[0], out, by=method.name(), place=place)
+
+
+@torch.no_grad()
+def same_answers(small: Path, large: Path, *, by: str, place: str) -> None:
+    """Refuse a grown model that answers otherwise than its start, in the largest difference beside the largest answer."""
+    from tutelage.core.layout import open_whole
+
+    answers = []
+    for folder in (small, large):
+        model = open_whole(folder)
+        vocab = model.get_input_embeddings().num_embeddings
+        answers.append(model(input_ids=(torch.arange(8) * 7919 % vocab)[None])[0])
+    own = Weights(small)
+    kinds = {t.dtype for t in (own[name] for name in own) if t.is_floating_point()}
+    bound = max([TOLERANCE, *(8 * torch.finfo(kind).eps for kind in kinds)])
+    apart = float((answers[0] - answers[1]).abs().max() / answers[0].abs().max())
+    if not apart <= bound:
+        raise UserError(
+            f"{place}.apply: the model that {by} made answers otherwise than its start (by {apart:.1g} of the largest "
+            "answer); this kind of model depends on its width in a way that the method does not know"
+        )
 
 
 def copy_beside(folder: Path, out: Path) -> None:

@@ -10,20 +10,13 @@ Differs: stacks the model as it is when its stage ends; when to grow, which the 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pydantic import Field
 from torch import Tensor
 
-from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
-
-DEPTHS = (
-    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    *("num_encoder_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
-)
-_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")  # the first number in a name counts blocks; later ones count within a block
+from tutelage.methods._kit.blocks import BLOCK, deeper, stacks_of
 
 
 class Stack(Method):
@@ -33,68 +26,20 @@ class Stack(Method):
     baseline = {"use": "grow/stack", "times": 1}
     on = {"times": 2}
 
-    def grow(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        depths = [key for key in DEPTHS if isinstance(config.get(key), int)]
-        stacks = stacks_of(tensors, {config[key] for key in depths})
-        if not stacks:
-            raise UserError(
-                "grow/stack: the weights hold no numbered list as long as the configuration says "
-                f"(it says so under one of {', '.join(DEPTHS)})"
-            )
-        if len(stacks) > len(depths):
-            raise UserError(
-                f"grow/stack: both {', '.join(stacks)} could be the blocks; the configuration has one depth"
-            )
-        grown = dict(tensors)
-        for prefix, blocks in stacks.items():
-            only_first = first_alone(blocks)
-            for copy in range(1, self.times):
-                for i, names in blocks.items():
-                    for name in names - only_first:
-                        grown[f"{prefix}.{copy * len(blocks) + i}.{name}"] = tensors[f"{prefix}.{i}.{name}"]
-        return deeper(config, depths, stacks, self.times), grown
-
-
-Blocks = dict[int, set[str]]  # number of a block -> names within it
-
-
-def stacks_of(tensors: dict[str, Tensor], depths: set[int]) -> dict[str, Blocks]:
-    """The lists of blocks by their prefix: those whose numbers run from 0 to one of the configuration's depths."""
-    lists: dict[str, Blocks] = {}
-    for match in filter(None, map(_BLOCK.fullmatch, tensors)):
-        lists.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
-    return {prefix: b for prefix, b in lists.items() if len(b) in depths and set(b) == set(range(len(b)))}
-
-
-def first_alone(blocks: Blocks) -> set[str]:
-    """What the first block holds for all of them (T5's position biases), which its copies must not have."""
-    common = set.intersection(*blocks.values())
-    rest_alike = len(blocks) > 1 and all(names == common for i, names in blocks.items() if i > 0)
-    return blocks[0] - common if rest_alike else set()
-
-
-def deeper(config: dict[str, Any], depths: list[str], stacks: dict[str, Blocks], times: int) -> dict[str, Any]:
-    """The configuration of the grown model: its depths, and what it lists block by block."""
-    lengths = {config[key] for key in depths}
-    listed = [key for key, v in config.items() if "layer" in key and isinstance(v, list) and len(v) in lengths]
-    for prefix, blocks in stacks.items():
-        kinds = {frozenset(names - first_alone(blocks)) for names in blocks.values()}
-        if len(kinds) > 1 and not listed:
-            raise UserError(
-                f"grow/stack: the blocks of {prefix} differ, and the configuration does not list their kinds"
-            )
-    grown = {**config, **{key: config[key] * times for key in [*depths, *listed]}}
-    if "attention_types" in config:  # GPT-Neo's list of (kinds, repeats)
-        grown["attention_types"] = config["attention_types"] * times
-    return grown
+    def grow(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], view: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        stacks = stacks_of(config, tensors, by=self.name())
+        order = {prefix: [*range(len(blocks))] * self.times for prefix, blocks in stacks.items()}
+        return deeper(config, tensors, order, by=self.name())
 
 
 def effect(run: Seen) -> dict[str, float]:
     """How many times as many tensors there are, and the share of the added ones that equal one of another block."""
     start, end = run.start(), run.weights()
-    added = [match for name in end if name not in start and (match := _BLOCK.fullmatch(name))]
+    added = [match for name in end if name not in start and (match := BLOCK.fullmatch(name))]
     like: dict[tuple[str, str], list[Tensor]] = {}
-    for match in filter(None, map(_BLOCK.fullmatch, start)):
+    for match in filter(None, map(BLOCK.fullmatch, start)):
         like.setdefault((match[1], match[3]), []).append(start[match[0]])
     copies = sum(any(end[m[0]].equal(t) for t in like.get((m[1], m[3]), [])) for m in added)
     return {"grown": len(end) / len(start), "copied": copies / len(added) if added else 0.0}
