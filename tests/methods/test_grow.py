@@ -1,4 +1,4 @@
-"""Growing in width: transformers loads the wide model without a word, and it answers as the small one did."""
+"""Growing: transformers loads the large model without a word, and it answers as the small one did where it must."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 
 from tests.core.tiny import AUTO, tiny, tokens
+from tests.methods.small import view_of
 from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.core.surgery import transform
@@ -171,3 +172,89 @@ def test_the_configuration_says_no_more_than_it_must(tmp_path):
     assert {key for key in small if small[key] != large[key]} == {
         *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     }
+
+
+# -- the operators of grow/stack ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "cohere"])
+def test_blocks_whose_copies_write_nothing_leave_the_function(name, tmp_path):
+    model = tiny(name)
+    larger = grown(model, tmp_path, use="grow/stack", times=3, new="zero")
+    assert larger.config.num_hidden_layers == 6
+    assert apart(model, larger, name) < 1e-5
+
+
+def test_a_block_that_norms_what_it_adds_cannot_be_left_out_by_zeros(tmp_path):
+    """BERT norms the stream itself after each layer."""
+    with pytest.raises(UserError, match="answers otherwise than its start"):
+        grown(tiny("bert"), tmp_path, use="grow/stack", times=2, new="zero")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_new_units_at_zero_leave_the_function_and_learn(name, tied, tmp_path):
+    model = tiny(name, tied=tied)
+    larger = grown(model, tmp_path, use="grow/stack", times=1, width=2, new="zero")
+    assert apart(model, larger, name) < 1e-5
+    ids = tokens(name)["input_ids"]
+    larger.train()(input_ids=ids, labels=ids).loss.backward()
+    down = larger.model.layers[0].mlp.down_proj
+    assert float(down.weight[32:, :48].abs().max()) == 0.0 < float(down.weight.grad[32:, :48].abs().max())
+
+
+def test_zero_in_width_is_refused_where_norms_subtract_a_mean(tmp_path):
+    with pytest.raises(UserError, match="norms of this model subtract a mean"):
+        grown(tiny("gpt2"), tmp_path, use="grow/stack", times=1, width=2, new="zero")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert"])
+def test_copies_in_width_leave_the_function(name, tmp_path):
+    model = tiny(name)
+    assert apart(model, grown(model, tmp_path, use="grow/stack", times=1, width=2), name) < 1e-5
+
+
+def test_random_weights_stand_beside_the_old_and_above_them(tmp_path):
+    model = tiny("llama")
+    larger = grown(model, tmp_path, use="grow/stack", times=2, width=2, new="random")
+    up, old = larger.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(up[:48, :32], old)
+    for new in (up[48:, :32], up[:48, 32:], up[48:, 32:], larger.model.layers[3].mlp.up_proj.weight):
+        assert 0.018 < float(new.detach().std()) < 0.022
+    assert torch.equal(larger.model.layers[3].input_layernorm.weight, torch.ones(64))
+    again = grown(model, tmp_path, use="grow/stack", times=2, width=2, new="random")
+    assert torch.equal(up, again.model.layers[0].mlp.up_proj.weight)
+    other = grown(model, tmp_path, use="grow/stack", times=2, width=2, new="random", seed=1)
+    assert not torch.equal(up, other.model.layers[0].mlp.up_proj.weight)
+
+
+# -- grow/ramp ----------------------------------------------------------------------------------------------------------
+
+
+def test_new_blocks_fade_in_as_their_weights_learn():
+    model = tiny("llama")
+    view = view_of("llama", objective=registry.make("objective/causal_lm"), model=model)
+    view.clock.total = {"step": 100.0}
+    method = registry.make({"use": "grow/ramp", "top": 1, "over": "4step"})
+    names = [f"model.layers.1.{part}.weight" for part in ("self_attn.o_proj", "mlp.down_proj")]
+    start = {name: model.get_parameter(name).detach().clone() for name in names}
+    below = {name: p.detach().clone() for name, p in model.named_parameters() if ".layers.0." in name}
+    method.begin(model, view)
+    assert all(not model.get_parameter(name).any() for name in names)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in below.items())
+    for step in range(1, 6):
+        with torch.no_grad():
+            for p in view.engine.params.values():
+                p += 0.01  # an optimizer's step
+            method.after(view.engine.params, view)
+        share = min(1.0, (step - 1) / 4)
+        for name in names:
+            torch.testing.assert_close(model.get_parameter(name).detach(), share * (start[name] + 0.01 * step))
+        view.clock.step += 1
+    assert method.state["whole"] == {}
+
+
+def test_not_every_block_can_be_new():
+    view = view_of("gpt2", objective=registry.make("objective/causal_lm"))
+    with pytest.raises(UserError, match="the model has 2 blocks"):
+        registry.make({"use": "grow/ramp", "top": 2}).begin(view.engine.model, view)

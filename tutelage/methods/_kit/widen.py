@@ -150,3 +150,14 @@ def quieter(grown: dict[str, Tensor], small: Layout, large: Layout, copied: Copi
             raise UserError(f"{by}: {name} gives the tied head no channels of the model's width")
         from_N = places(small.axes[name][dim], large.axes[name][dim], copied.source["hidden"])
         grown[name] = (grown[name] / along(copied.count["hidden"][from_N], dim, grown[name].ndim)).to(grown[name].dtype)
+
+
+def writers_of(layout: Layout) -> set[str]:
+    """Weights that write to the residual stream what attention or neurons made of it, biases included."""
+    matrices = [
+        name.removesuffix(".weight")
+        for name, axes in layout.axes.items()
+        if any(a.read and a.space in ("heads", "mlp") for a in axes)
+        and any(not a.read and a.space == "hidden" for a in axes)
+    ]
+    return {f"{name}.{key}" for name in matrices for key in ("weight", "bias")} & set(layout.axes)

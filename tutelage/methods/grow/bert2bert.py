@@ -1,7 +1,8 @@
 """bert2BERT: a wider model whose units are copies of a trained one's, made so that it answers as that one did.
 
 Paper:   Chen et al. 2021 (bert2BERT), arXiv:2110.07143; the copies of Net2Net (Chen et al. 2015, arXiv:1511.05641)
-Use:     width 1.5 to 2 at once; `fpi` keeps the function, `aki` breaks its symmetry and learned faster in the paper
+Use:     width 1.5 to 2 at once; `fpi` keeps the function, `aki` breaks its symmetry and learned faster in the paper. Equal
+         copies stay equal in training without dropout: with `fpi` set `noise` (0.1 to 0.5)
 Works:   transformers models with a rotary, learned or no position embedding and torch's attention: Llama, Qwen2,
          GPT-2, GPT-NeoX, BERT and their like, with tied heads and grouped queries; no experts, no encoder-decoder
 Costs:   one pass over the weights; to check a kept function, both models answer 8 tokens
@@ -22,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tutelage.base.errors import UserError
-from tutelage.base.method import Method, Seen
+from tutelage.base.method import Bench, Method, Seen
 from tutelage.core.types import Layout
 from tutelage.methods._kit.blocks import BLOCK, deeper, stacks_of
 from tutelage.methods._kit.widen import check, copies, expand, quieter, wider
@@ -124,4 +125,19 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return on["numbers"] > 1.5 * off["numbers"] and abs(on["bits"] - off["bits"]) < 1e-4
 
 
-BENCH = None
+BENCH = Bench(
+    base="recipes/bench/widen.yaml",
+    arm={"start": "grown"},
+    stage="large",
+    baseline={
+        "start": "recipes/models/llama-1m.yaml",
+        "tokenizer": {"train": "bpe", "vocab": 2048},
+        "until": "800step",
+    },
+    metric="bits_per_byte/prose",
+    better="lower",
+    margin=0.01,
+    tune={"optim.lr": [1e-3, 3e-3, 1e-2]},
+    tune_baseline={"optim.lr": [1e-3, 3e-3, 1e-2]},
+    scale="110 M parameters (BERT and GPT base) from models of two thirds their width, whose own training is not counted",
+)
