@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def weightless() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(self, name, parameter)
 
-    nn.Module.register_parameter = shed  # type: ignore[method-assign]
+    nn.Module.register_parameter = shed  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -132,7 +133,9 @@ class Trace(TorchFunctionMode):
     def __init__(self, model: nn.Module, parts: Anatomy) -> None:
         super().__init__()
         self.model, self.parts = model, parts
-        self.owner: dict[int, tuple[str, int]] = {}  # number -> linear layer and place among its outputs
+        self.begins: list[int] = []  # for each answer of a linear layer, its first number
+        self.owners: list[str] = []  # and that layer
+        self.next = 1
         self.answered: Tensor | None = None  # by the last attention
         self.stood: list[Part] = []  # for what each of its numbers stands
         self.heads_out: dict[str, dict[int, Part]] = {}  # linear layer -> place among its outputs -> unit, part
@@ -170,17 +173,20 @@ class Trace(TorchFunctionMode):
                 self.heads_in[name] = [self.stood[i] for i in found if i is not None]
                 self.answered = None
         count = width(module)[0]
-        base = len(self.owner) + 1
-        self.owner |= {base + i: (name, i) for i in range(count)}
+        self.begins.append(self.next)
+        self.owners.append(name)
+        self.next += count
         self.last = name
-        return torch.arange(base, base + count, dtype=torch.float32).expand(*x.shape[:-1], count)
+        if self.next > 1 << 24:  # whole numbers end here in float32
+            raise UserError(f"{type(self.parts.root).__name__}: too large to see its layout")
+        return torch.arange(self.begins[-1], self.next, dtype=torch.float32).expand(*x.shape[:-1], count)
 
     def _norm(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
         self.last = name
         return x
 
     def _embedding(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
-        return torch.zeros(*x.shape, module.weight.shape[-1])
+        return torch.zeros(*x.shape, int(module.embedding_dim))  # type: ignore[arg-type]
 
     def _head(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
         self.before_head = self.last
@@ -213,10 +219,10 @@ class Trace(TorchFunctionMode):
 
     def _feeds(self, row: list[float], unit: int, part: int) -> None:
         for d, number in enumerate(row):
-            if int(number) not in self.owner:
+            if number != int(number) or not 0 < number < self.next:
                 raise UserError(f"{type(self.parts.root).__name__}: attention reads what no linear layer gives alone")
-            name, out = self.owner[int(number)]
-            self.heads_out.setdefault(name, {})[out] = (unit, part + d)
+            at = bisect_right(self.begins, number) - 1
+            self.heads_out.setdefault(self.owners[at], {})[int(number) - self.begins[at]] = (unit, part + d)
 
 
 def width(module: nn.Module) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +44,7 @@ def first_alone(blocks: Blocks) -> set[str]:
 
 
 def deeper(
-    config: dict[str, Any], tensors: dict[str, Tensor], order: dict[str, Sequence[int]], *, by: str
+    config: dict[str, Any], tensors: dict[str, Tensor], order: Mapping[str, Sequence[int]], *, by: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A model whose lists of blocks hold, at each place, a copy of the block that `order` names there.
 
@@ -63,7 +63,7 @@ def deeper(
         for place, i in enumerate(order[prefix]):
             for name in blocks[i] - (only_first if place else set()):
                 grown[f"{prefix}.{place}.{name}"] = tensors[f"{prefix}.{i}.{name}"]
-    changed = {key: len(lengths.get(config[key], range(config[key]))) for key in depths}
+    changed: dict[str, Any] = {key: len(lengths.get(config[key], range(config[key]))) for key in depths}
     for key in listed:
         changed[key] = [config[key][i] for i in lengths[len(config[key])]]
     if "attention_types" in config:  # GPT-Neo's list of (kinds, repeats)
