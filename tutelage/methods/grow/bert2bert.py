@@ -9,9 +9,11 @@ Costs:   one pass over the weights; to check a kept function, both models answer
 With:    schedule/rewarm in the stage that follows; grow/stack for depth alone
 Differs: channels are copied equally often, the paper draws copies with replacement, after which norms see other
          statistics; a width at which they must is refused unless `uneven`. A key/value head is copied with its query
-         heads. A tied head, which the paper leaves open, reads what is divided in the norm before it. The two-stage
+         heads. A tied head reads what is divided in the norm before it, as the embedding itself is copied. The two-stage
          training (bottom blocks as sub-models first, drawn anew at each step) is not here: a stage trains one model.
-         `noise` is not the paper's: it is Net2Net's, moved to where copies are read so that the function stays
+         `noise` is not the paper's: it is Net2Net's, moved to where copies are read so that the function stays. `aki`
+         takes the paper's equation for every layer of a block, so the channels that a block adds to the stream come
+         from the next block's too, as its heads and neurons do; the last block, which has no next, is copied
 """
 
 from __future__ import annotations
