@@ -78,7 +78,7 @@ _SIGNATURES = {
     "build": "groups: list[dict[str, Any]]) -> torch.optim.Optimizer",
     "factor": "clock: Clock) -> float",
     "tensor": "name: str, tensors: list[Tensor], base: Tensor | None) -> Tensor",
-    "grow": "config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]",
+    "grow": "config: dict[str, Any], tensors: dict[str, Tensor], view: Any) -> tuple[dict[str, Any], dict[str, Tensor]]",
     "make": "sources: dict[str, Any], view: Any) -> Iterator[dict[str, Any]]",
     "measure": "model: nn.Module, view: Any) -> dict[str, float | str]",
 }

@@ -75,7 +75,7 @@ def test_stacking_once_changes_nothing(tmp_path):
 def test_what_the_configuration_lists_block_by_block_grows_with_it():
     config = {"n_layer": 2, "layer_types": ["slide", "full"], "eos_token_id": [5, 6], "mlp_only_layers": []}
     tensors = {f"h.{i}.w": torch.full((2,), float(i)) for i in range(2)} | {"wte": torch.zeros(3)}
-    config, tensors = registry.make({"use": "grow/stack", "times": 3}).grow(config, tensors)
+    config, tensors = registry.make({"use": "grow/stack", "times": 3}).grow(config, tensors, None)
     assert config == {
         "n_layer": 6,
         "layer_types": ["slide", "full"] * 3,
@@ -89,7 +89,7 @@ def test_what_the_configuration_lists_block_by_block_grows_with_it():
 def test_numbered_lists_that_are_no_blocks_stay_as_they_are():
     w = torch.zeros(1)
     tensors = {"h.0.w": w, "h.1.w": w, "classifier.0.w": w, "classifier.3.w": w, "convs.0.w": w}
-    _, grown = registry.make("grow/stack").grow({"n_layer": 2}, tensors)
+    _, grown = registry.make("grow/stack").grow({"n_layer": 2}, tensors, None)
     assert set(grown) - set(tensors) == {f"h.{i}.w" for i in range(2, 8)}
 
 
@@ -97,8 +97,8 @@ def test_a_model_that_cannot_be_stacked_is_refused_by_name():
     method = registry.make("grow/stack")
     w = torch.zeros(1)
     with pytest.raises(UserError, match="no numbered list as long as the configuration says"):
-        method.grow({"n_layer": 2}, {"wte.weight": w})
+        method.grow({"n_layer": 2}, {"wte.weight": w}, None)
     with pytest.raises(UserError, match=r"both h, vision\.blocks"):
-        method.grow({"n_layer": 2}, {"h.0.w": w, "h.1.w": w, "vision.blocks.0.w": w, "vision.blocks.1.w": w})
+        method.grow({"n_layer": 2}, {"h.0.w": w, "h.1.w": w, "vision.blocks.0.w": w, "vision.blocks.1.w": w}, None)
     with pytest.raises(UserError, match="blocks of h differ"):
-        method.grow({"n_layer": 2}, {"h.0.dense": w, "h.1.experts": w})
+        method.grow({"n_layer": 2}, {"h.0.dense": w, "h.1.experts": w}, None)

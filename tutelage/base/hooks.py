@@ -59,7 +59,7 @@ HOOKS: dict[str, Hook] = {
     "factor": Hook("factor(clock) -> float", "share of the base rate, pure", slot="schedule"),
     "tensor": Hook("tensor(name, tensors, base, view) -> Tensor", "merges one tensor", kind="apply"),
     "grow": Hook(
-        "grow(config, tensors) -> (config, tensors)", "a larger model from a smaller one's tensors", kind="apply"
+        "grow(config, tensors, view) -> (config, tensors)", "a larger model from a smaller one's tensors", kind="apply"
     ),
     # beside training
     "make": Hook("make(sources, view) -> Iterator[Row]", "writes rows of data", kind="make"),

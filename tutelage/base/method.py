@@ -58,6 +58,10 @@ class Method(BaseModel):
         """Files that it reads, besides the data: their content enters the stage's fingerprint."""
         return []
 
+    def keeps_function(self) -> bool:
+        """Whether a model that it grows must answer as its start does, which is checked after `grow`."""
+        return False
+
     def trains(self, name: str) -> bool:
         """Whether a parameter of one of its wrappers is trained (`name` within the wrapper)."""
         return True

@@ -18,8 +18,10 @@ from tutelage.base.errors import UserError
 from tutelage.base.method import Method
 from tutelage.core.artifact import About, read_header, save_tensors, write_tensors
 from tutelage.core.randomness import generator, seed_of
+from tutelage.core.types import Layout
 
 SHARD = 4 << 30  # bytes of tensors in a file
+TOLERANCE = 1e-5  # of a grown model's answers beside its start's, where the method keeps the function
 
 
 class Weights:
@@ -46,7 +48,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Site:
-    """The view of a hook that transforms weights: there is no model yet, but there is chance of its own."""
+    """The view of a hook that transforms weights: no model yet, but chance of its own, and how any model is laid out."""
 
     seed: int
     stage: str  # without its arm
@@ -54,6 +56,12 @@ class Site:
     def rng(self, purpose: str) -> torch.Generator:
         """A CPU generator that depends on seed, stage and purpose only, whatever was merged before."""
         return generator(seed_of(self.seed, self.stage, 0, purpose))
+
+    def layout(self, config: dict[str, Any]) -> Layout:
+        """See `core.layout.layout`."""
+        from tutelage.core.layout import layout  # transformers' models take seconds to import, and merging needs none
+
+        return layout(config)
 
 
 def transform(
@@ -72,9 +80,32 @@ def transform(
         raise UserError(f"{place}.start: {method.name()} grows one model (here {len(folders)})")
     weights = Weights(folders[0])
     config = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
-    config, tensors = method.grow(config, {name: weights[name] for name in weights})
+    config, tensors = method.grow(config, {name: weights[name] for name in weights}, Site(seed, stage))
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_tensors(out / "model.safetensors", tensors)
+    if method.keeps_function():
+        same_answers(folders[0], out, by=method.name(), place=place)
+
+
+@torch.no_grad()
+def same_answers(small: Path, large: Path, *, by: str, place: str) -> None:
+    """Refuse a grown model that answers otherwise than its start, in the largest difference beside the largest answer."""
+    from tutelage.core.layout import open_whole
+
+    answers = []
+    for folder in (small, large):
+        model = open_whole(folder)
+        vocab = model.get_input_embeddings().num_embeddings
+        answers.append(model(input_ids=(torch.arange(8) * 7919 % vocab)[None])[0])
+    own = Weights(small)
+    kinds = {t.dtype for t in (own[name] for name in own) if t.is_floating_point()}
+    bound = max([TOLERANCE, *(8 * torch.finfo(kind).eps for kind in kinds)])
+    apart = float((answers[0] - answers[1]).abs().max() / answers[0].abs().max())
+    if not apart <= bound:
+        raise UserError(
+            f"{place}.apply: the model that {by} made answers otherwise than its start (by {apart:.1g} of the largest "
+            "answer); this kind of model depends on its width in a way that the method does not know"
+        )
 
 
 def copy_beside(folder: Path, out: Path) -> None:

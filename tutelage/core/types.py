@@ -100,3 +100,30 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         moved = {name: value.to(device, non_blocking=True) for name, value in self.fields.items()}
         return replace(self, fields=moved, weight_B=self.weight_B.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """What the places along one axis of a weight belong to: place n is part `part_N[n]` of unit `unit_N[n]` of a space.
+
+    The spaces are `hidden` (a unit is a channel of the residual stream), `mlp` (a neuron between two layers of a block)
+    and `heads` (a key/value head with all query heads that share it), and the empty name where no width enters
+    (vocabulary, positions, head size). The parts of a unit are numbered alike in a wider model of the same kind.
+    """
+
+    space: str
+    unit_N: Tensor
+    part_N: Tensor
+    read: bool  # summed over when the layer is computed, as the inputs of a linear layer are
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a model of some configuration is laid out, weight by weight. Names are those that its files have."""
+
+    axes: dict[str, tuple[Axis, ...]]
+    sizes: dict[str, int]  # units of each space
+    blocks: frozenset[str]  # dotted names of the lists of blocks
+    norms: frozenset[str]  # weights of norms
+    tied: bool  # the head's weight is the input embedding
+    before_head: tuple[str, ...]  # weights of the module whose output the head reads

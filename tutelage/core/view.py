@@ -15,7 +15,7 @@ from tutelage.core import randomness
 from tutelage.core.engine import Engine
 from tutelage.core.out import Out
 from tutelage.core.stream import Cursor, Order, Source, Stream
-from tutelage.core.types import Batch, Row
+from tutelage.core.types import Batch, Layout, Row
 
 
 @dataclass
@@ -88,6 +88,13 @@ class View:
     def reseed(self, purpose: str, *, apart: bool = False) -> None:
         """Set the global generators for this tick and purpose; `apart` gives every rank numbers of its own."""
         randomness.reseed(self.seed_of(f"{purpose}|{self.rank}" if apart and self.rank else purpose))
+
+    def layout(self) -> Layout:
+        """What each axis of the model's weights counts."""
+        from tutelage.core.layout import layout
+
+        root = self.engine.anatomy.root
+        return layout({**root.config.to_dict(), "architectures": [type(root).__name__]})
 
     def model(self, batch: Batch) -> Out:
         """The model as it is now, without gradients, in evaluation mode."""

@@ -1,100 +1,155 @@
-"""Depthwise stacking: a deeper model made of copies of the whole trained stack of blocks, one upon the other.
+"""Growth operators in depth and width: copies stacked upon each other, new weights at zero, or new weights at random.
 
-Paper:   Du et al. 2024 (G_stack), arXiv:2405.15319; first Gong et al. 2019 (StackBERT)
-Use:     times 4 as the paper found best; grow after about 10 B of 300 B tokens, and warm the rate up anew
-Works:   any transformers model whose blocks are a numbered list; both stacks of an encoder-decoder model
-Costs:   one pass over the weights; the loss jumps, since the grown model computes another function
-With:    schedule/rewarm in the stage that follows
-Differs: stacks the model as it is when its stage ends; when to grow, which the paper fits a law to, is the recipe's
+Paper:   Du et al. 2024 (G_direct with G_stack, G_zero, G_random), arXiv:2405.15319; first Gong et al. 2019 (StackBERT)
+Use:     times 4 and copies (G_stack), as the paper found best by far; grow after about 10 B of 300 B tokens, and warm
+         the rate up anew; width and the other operators are there to compare with
+Works:   copies in depth: any transformers model whose blocks are a numbered list, both stacks of an encoder-decoder one;
+         the rest: decoders with torch's attention (zero in width: with RMSNorm, like Llama)
+Costs:   one pass over the weights; stacked copies and random weights make the loss jump, zero and copied width do not
+With:    schedule/rewarm in the stage that follows; grow/ramp for the paper's mask over random weights
+Differs: stacks the model as it is when its stage ends; when to grow, which the paper fits a law to, is the recipe's.
+         G_learn (LiGO) is not here. In width the authors' code for zero copies a norm's scale as it is and leaves new
+         channels a scale of zero, so that the function changes and they never learn; here the old scales shrink by
+         the root of the growth and eps with its square, which keeps the function, and new channels start at one.
+         Copies in width are drawn evenly, the authors' at random
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
+from tutelage.core.types import Layout
+from tutelage.methods._kit.blocks import BLOCK, deeper, stacks_of
+from tutelage.methods._kit.widen import Copies, along, check, copies, expand, quieter, wider, writers_of
 
-DEPTHS = (
-    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    *("num_encoder_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"),
-)
-_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")  # the first number in a name counts blocks; later ones count within a block
+EPS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
+STD = 0.02  # of new weights where the configuration gives no initializer_range
+Grown = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 class Stack(Method):
-    times: int = Field(4, ge=1, description="how many times the stack is laid upon itself; 1 changes nothing")
+    times: int = Field(4, ge=1, description="how many times as many blocks; 1 keeps the depth")
+    width: int = Field(1, ge=1, le=16, description="how many times as many channels, heads and neurons; 1 keeps them")
+    new: Literal["copies", "zero", "random"] = Field(
+        "copies",
+        description="what is new: `copies` of the old (G_direct, stacked in depth), `zero` so that the function stays "
+        "(G_zero), or `random` weights (G_random)",
+    )
 
     no_off = "growing is a stage of its own"
     baseline = {"use": "grow/stack", "times": 1}
     on = {"times": 2}
 
-    def grow(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        depths = [key for key in DEPTHS if isinstance(config.get(key), int)]
-        stacks = stacks_of(tensors, {config[key] for key in depths})
-        if not stacks:
-            raise UserError(
-                "grow/stack: the weights hold no numbered list as long as the configuration says "
-                f"(it says so under one of {', '.join(DEPTHS)})"
-            )
-        if len(stacks) > len(depths):
-            raise UserError(
-                f"grow/stack: both {', '.join(stacks)} could be the blocks; the configuration has one depth"
-            )
-        grown = dict(tensors)
-        for prefix, blocks in stacks.items():
-            only_first = first_alone(blocks)
-            for copy in range(1, self.times):
-                for i, names in blocks.items():
-                    for name in names - only_first:
-                        grown[f"{prefix}.{copy * len(blocks) + i}.{name}"] = tensors[f"{prefix}.{i}.{name}"]
-        return deeper(config, depths, stacks, self.times), grown
+    def keeps_function(self) -> bool:
+        return self.new == "zero" or (self.new == "copies" and self.times == 1)
+
+    def grow(self, config: dict[str, Any], tensors: dict[str, Tensor], view: Any) -> Grown:
+        if self.width > 1:
+            config, tensors = self._widen(config, tensors, view)
+        return self._deepen(config, tensors, view) if self.times > 1 else (config, tensors)
+
+    def _deepen(self, config: dict[str, Any], tensors: dict[str, Tensor], view: Any) -> Grown:
+        stacks = stacks_of(config, tensors, by=self.name())
+        each = {prefix: range(len(blocks)) for prefix, blocks in stacks.items()}
+        if self.new == "copies":
+            return deeper(config, tensors, {p: [*r] * self.times for p, r in each.items()}, by=self.name())
+        if self.new == "random":
+            config, grown = deeper(config, tensors, {p: [*r] * self.times for p, r in each.items()}, by=self.name())
+            rng, std = view.rng("new blocks"), config.get("initializer_range", STD)
+            norms = view.layout(config).norms
+            for name in sorted(set(grown) - set(tensors)):
+                grown[name] = fresh(grown[name], norm=name in norms, std=std, rng=rng)
+            return config, grown
+        order = {
+            p: [i for i in r for _ in range(self.times)] for p, r in each.items()
+        }  # each with its own copies above
+        config, grown = deeper(config, tensors, order, by=self.name())
+        writers = writers_of(view.layout(config))
+        for name in writers:
+            match = BLOCK.fullmatch(name)
+            if match is not None and match[1] in order and int(match[2]) % self.times:
+                grown[name] = torch.zeros_like(grown[name])
+        return config, grown
+
+    def _widen(self, config: dict[str, Any], tensors: dict[str, Tensor], view: Any) -> Grown:
+        wide = wider(config, self.width, by=self.name())
+        small, large = view.layout(config), view.layout(wide)
+        for name in tensors:
+            check(name, small, large, by=self.name())
+        copied = copies(small, large, view.rng("copies"))
+        if self.new == "copies":
+            pairs = {name: (small.axes[name], large.axes[name]) for name in tensors}
+            grown = {name: expand(t, *pairs[name], copied) for name, t in tensors.items()}
+            quieter(grown, small, large, copied, by=self.name())
+            return wide, grown
+        shrink = 1.0
+        if self.new == "zero":
+            if any(name.endswith(".bias") for name in small.norms):
+                raise UserError(
+                    f"{self.name()}: norms of this model subtract a mean, which channels at zero would change; "
+                    "`new: zero` widens models with RMSNorm, `new: copies` these too"
+                )
+            eps = next((key for key in EPS if key in wide), None)
+            if eps is None:
+                raise UserError(f"{self.name()}: the configuration gives none of {', '.join(EPS)}")
+            wide, shrink = {**wide, eps: wide[eps] / self.width}, self.width**-0.5
+        rng, std = view.rng("new units"), config.get("initializer_range", STD)
+        return wide, {
+            name: self._beside(name, tensors[name], small, large, copied, shrink=shrink, std=std, rng=rng)
+            for name in sorted(tensors)
+        }
+
+    def _beside(
+        self,
+        name: str,
+        weight: Tensor,
+        small: Layout,
+        large: Layout,
+        copied: Copies,
+        *,
+        shrink: float,
+        std: float,
+        rng: torch.Generator,
+    ) -> Tensor:
+        """The old weight with new rows and columns beside it: random, or such that new units are zero."""
+        axes = large.axes[name]
+        whole = {space: torch.ones_like(count) for space, count in copied.count.items()}
+        wide = expand(weight, small.axes[name], axes, Copies(copied.source, whole))
+        written = torch.zeros(wide.shape, dtype=torch.bool)  # numbers of new outputs
+        read = torch.zeros(wide.shape, dtype=torch.bool)  # numbers that new inputs are read with
+        for dim, axis in enumerate(axes):
+            if axis.space:
+                added = along(axis.unit_N >= small.sizes[axis.space], dim, wide.ndim)
+                read, written = (read | added, written) if axis.read else (read, written | added)
+        new = fresh(wide, norm=name in small.norms, std=std, rng=rng)
+        if name in small.norms:
+            if axes[0].space != "hidden":
+                return wide
+            return torch.where(written, new, wide) * shrink
+        if self.new == "zero":
+            new = torch.where(written & ~read, 0.0, new).to(wide.dtype)
+        return torch.where(written | read, new, wide)
 
 
-Blocks = dict[int, set[str]]  # number of a block -> names within it
-
-
-def stacks_of(tensors: dict[str, Tensor], depths: set[int]) -> dict[str, Blocks]:
-    """The lists of blocks by their prefix: those whose numbers run from 0 to one of the configuration's depths."""
-    lists: dict[str, Blocks] = {}
-    for match in filter(None, map(_BLOCK.fullmatch, tensors)):
-        lists.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
-    return {prefix: b for prefix, b in lists.items() if len(b) in depths and set(b) == set(range(len(b)))}
-
-
-def first_alone(blocks: Blocks) -> set[str]:
-    """What the first block holds for all of them (T5's position biases), which its copies must not have."""
-    common = set.intersection(*blocks.values())
-    rest_alike = len(blocks) > 1 and all(names == common for i, names in blocks.items() if i > 0)
-    return blocks[0] - common if rest_alike else set()
-
-
-def deeper(config: dict[str, Any], depths: list[str], stacks: dict[str, Blocks], times: int) -> dict[str, Any]:
-    """The configuration of the grown model: its depths, and what it lists block by block."""
-    lengths = {config[key] for key in depths}
-    listed = [key for key, v in config.items() if "layer" in key and isinstance(v, list) and len(v) in lengths]
-    for prefix, blocks in stacks.items():
-        kinds = {frozenset(names - first_alone(blocks)) for names in blocks.values()}
-        if len(kinds) > 1 and not listed:
-            raise UserError(
-                f"grow/stack: the blocks of {prefix} differ, and the configuration does not list their kinds"
-            )
-    grown = {**config, **{key: config[key] * times for key in [*depths, *listed]}}
-    if "attention_types" in config:  # GPT-Neo's list of (kinds, repeats)
-        grown["attention_types"] = config["attention_types"] * times
-    return grown
+def fresh(like: Tensor, *, norm: bool, std: float, rng: torch.Generator) -> Tensor:
+    """Weights as of a new model: normal numbers, scales of norms at one, biases at zero."""
+    if like.ndim == 1:
+        return torch.ones_like(like) if norm else torch.zeros_like(like)
+    return (torch.randn(like.shape, generator=rng) * std).to(like.dtype)
 
 
 def effect(run: Seen) -> dict[str, float]:
     """How many times as many tensors there are, and the share of the added ones that equal one of another block."""
     start, end = run.start(), run.weights()
-    added = [match for name in end if name not in start and (match := _BLOCK.fullmatch(name))]
+    added = [match for name in end if name not in start and (match := BLOCK.fullmatch(name))]
     like: dict[tuple[str, str], list[Tensor]] = {}
-    for match in filter(None, map(_BLOCK.fullmatch, start)):
+    for match in filter(None, map(BLOCK.fullmatch, start)):
         like.setdefault((match[1], match[3]), []).append(start[match[0]])
     copies = sum(any(end[m[0]].equal(t) for t in like.get((m[1], m[3]), [])) for m in added)
     return {"grown": len(end) / len(start), "copied": copies / len(added) if added else 0.0}
