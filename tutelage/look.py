@@ -13,9 +13,10 @@ from tutelage.base import load
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import artifact, elsewhere
 from tutelage.core.graph import Node, methods_of
+from tutelage.core.parts import Parts
 from tutelage.core.record import Journal, read_lines
 from tutelage.core.stage import Corpora, processor_of, start_of
-from tutelage.core.stream import Order, Stream
+from tutelage.core.stream import Stream
 
 
 def folder_of(target: str, *, runs: Path) -> Path:
@@ -101,17 +102,22 @@ def batch_of(folder: Path, tick: int) -> list[str]:
     for name in row["cursors"]:
         of, _, inner = name.rpartition("/")
         specs = node.find_data(of) if of else node.stage.data
-        sources[name] = corpora.of(inner, specs[inner]).train
-    method = methods_of(node.name, node.stage).slots["packing"]
+        if inner in specs:
+            sources[name] = corpora.of(inner, specs[inner]).train
+    slots = methods_of(node.name, node.stage).slots
+    cut = Parts.of(slots["curriculum"])
+    for name in [name for name in node.stage.data if name not in row["cursors"]]:
+        sources |= cut.add(corpora.of(name, node.stage.data[name]).train)
+    method = slots["packing"]
     note = Journal(folder / "journal.jsonl").engine("packing")
     packing: Any = method.pack if method else note["rule"] if note else node.stage.packing
-    stream = Stream({n: Order(source, seed=node.seed, packing=packing) for n, source in sources.items()})
+    stream = Stream(cut.orders(sources, seed=node.seed, packing=packing))
     state = stream.state()
     for name, cursor in row["cursors"].items():
         state["sources"][name] |= {"cursor": cursor, "owed": row["owed"][name]}
     stream.load(state)
     lines = []
-    for i, drawn in enumerate(stream.draw(row["weights"], row["length"], row["rows"])):
+    for i, drawn in enumerate(stream.draw(cut.weights(row["weights"], row["length"]), row["length"], row["rows"])):
         for piece in node.graph.modality.describe(drawn, sources, processor=processor):
             lines.append(
                 f"row {i}: " + "  ".join(f"{k}={v!r}" if k == "text" else f"{k}={v}" for k, v in piece.items())

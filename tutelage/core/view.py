@@ -63,6 +63,9 @@ class View:
     same_tokens: bool = True  # whether the start's tokenizer is this stage's too
     passages: int = 64  # rows measured per column
     few: int = 64  # of these, the first ones that every measurement of the stage has
+    length: int = 0  # of the stage's rows
+    tokens: int = 0  # of a step of such rows
+    lengths: dict[int, float] = field(default_factory=dict)  # of a curriculum's pieces: the share of the data in each
     found: dict[str, float] = field(default_factory=dict)  # by the probes before this one, in this measurement
     history: dict[str, dict[str, float]] = field(default_factory=dict)  # earlier stages' measures: stage, column
     _data: Callable[[str], Data] | None = None
@@ -121,7 +124,7 @@ class View:
         return self.heldout[column]
 
     def sample(self, rows: int) -> Batch:
-        """Rows like the next ones; the stream is not moved."""
+        """Rows like the next ones (of the commonest length, where a curriculum cuts); the stream is not moved."""
         assert self._sample is not None
         return self._sample(rows)
 
