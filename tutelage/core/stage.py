@@ -398,7 +398,11 @@ def view_of_data(view: View, node: Node, corpora: Corpora, packing: Any) -> None
         model = modality.model(folder, config, processor=corpora.processor, length=stage.length)
         return model.to(view.engine.device).requires_grad_(False).eval()
 
-    view._data, view._open_ref = data, ref
+    def own(name: str) -> Data:
+        source = corpora.of(name, stage.data[name]).train
+        return Data({name: source}, collate, seed=node.seed, length=stage.length, packing=packing)
+
+    view._data, view._open_ref, view._source, view.sources = data, ref, own, list(stage.data)
     for column, spec in columns(node).items():
         source = corpora.of(column, spec).heldout
         view.heldout[column] = Data({column: source}, collate, seed=0, length=stage.length, packing=packing)
