@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from tutelage.base import load
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import artifact, elsewhere
 from tutelage.core.graph import Node, methods_of
+from tutelage.core.parts import Parts
 from tutelage.core.prefix import prefixed
 from tutelage.core.record import Journal, read_lines
 from tutelage.core.stage import Corpora, processor_of, start_of
-from tutelage.core.stream import Order, Stream
+from tutelage.core.stream import Stream
 
 
 def folder_of(target: str, *, runs: Path) -> Path:
@@ -100,21 +102,25 @@ def batch_of(folder: Path, tick: int) -> list[str]:
     processor = processor_of(node, start, config, say=lambda said: None)
     methods, sources = methods_of(node.name, node.stage), {}
     corpora = Corpora(node, processor, lambda said: None)
+    wrap = partial(prefixed, node=node, methods=methods, processor=processor)
     for name in row["cursors"]:
         of, _, inner = name.rpartition("/")
         specs = node.find_data(of) if of else node.stage.data
-        train = corpora.of(inner, specs[inner]).train
-        sources[name] = prefixed(name, train, node=node, methods=methods, processor=processor)
+        if inner in specs:
+            sources[name] = wrap(name, corpora.of(inner, specs[inner]).train)
+    cut = Parts.of(methods.slots["curriculum"])
+    for name in [name for name in node.stage.data if name not in row["cursors"]]:
+        sources |= cut.add(wrap(name, corpora.of(name, node.stage.data[name]).train))
     method = methods.slots["packing"]
     note = Journal(folder / "journal.jsonl").engine("packing")
     packing: Any = method.pack if method else note["rule"] if note else node.stage.packing
-    stream = Stream({n: Order(source, seed=node.seed, packing=packing) for n, source in sources.items()})
+    stream = Stream(cut.orders(sources, seed=node.seed, packing=packing))
     state = stream.state()
     for name, cursor in row["cursors"].items():
         state["sources"][name] |= {"cursor": cursor, "owed": row["owed"][name]}
     stream.load(state)
     lines = []
-    for i, drawn in enumerate(stream.draw(row["weights"], row["length"], row["rows"])):
+    for i, drawn in enumerate(stream.draw(cut.weights(row["weights"], row["length"]), row["length"], row["rows"])):
         for piece in node.graph.modality.describe(drawn, sources, processor=processor):
             lines.append(
                 f"row {i}: "

@@ -163,7 +163,7 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     row["disk"] = sizing.disk_of(node, model, row["memory"], tokens=new, vocab=vocab)
     rate, row["seconds_from"] = _rate(node, each / stage.length, sizing.threads_of(node, model.params))
     _spans(node, row, amounts, each, rate)
-    shape = {"length": stage.length, "rows": row["rows"], "steps": row.get("steps", 0)}
+    shape = {"length": stage.length, "rows": row["rows"], "steps": row.get("steps", 0), "sources": len(stage.data)}
     if row["state"] != "partial":
         _besides(row, sizing.besides(methods, model, **shape, each=each), rate)
 

@@ -122,17 +122,24 @@ def pass_per_row(model: Model, length: int) -> float:
     return _forward(model, length) + (2 * matrix.numel() * length if matrix is not None else 0)
 
 
-def besides(methods: Methods, model: Model, *, length: int, rows: int, steps: int, each: float) -> list[dict[str, Any]]:
+def besides(
+    methods: Methods, model: Model, *, length: int, rows: int, steps: int, sources: int, each: float
+) -> list[dict[str, Any]]:
     """What methods compute beside the steps' own passes: `what` and `flops`, as far as settings and hooks tell.
 
     A method with `begin` and a setting `rows` takes the gradient of so many rows; one that reads a frozen model has its
-    answer for every row of every step.
+    answer for every row of every step; one with a setting `pilot` makes so many steps on every source, unless it has a
+    `graph` already.
     """
     found = []
     for method in methods.all():
         count = getattr(method, "rows", None)
         if "begin" in method.hooks() and isinstance(count, int):
             found.append({"what": f"{method.name()} begins with {count:,} rows", "flops": count * each})
+        pilot = getattr(method, "pilot", None)
+        if isinstance(pilot, int) and getattr(method, "graph", None) is None:
+            what = f"{method.name()} tries {pilot:,} steps on each of {sources} sources"
+            found.append({"what": what, "flops": pilot * sources * rows * each})
         if method.refs:
             flops = len(method.refs) * steps * rows * pass_per_row(model, length)
             found.append({"what": f"{method.name()} asks a frozen model at every step", "flops": flops})

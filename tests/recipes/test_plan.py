@@ -191,6 +191,7 @@ def test_what_is_computed_beside_the_steps_has_lines_of_its_own(tmp_path: Path) 
     def more(recipe: dict[str, Any]) -> None:
         stages = recipe["stages"]
         stages["two"]["methods"] = [{"use": "continual/ewc", "of": "one", "rows": 24, "strength": 1.0}, "continual/lwf"]
+        stages["two"]["mix"] = {"use": "mix/skill_it", "pilot": 5}
         stages["words"] = {
             "start": "one",
             "make": {"use": "synth/self_samples", "passages": 12, "length": 16},
@@ -200,7 +201,8 @@ def test_what_is_computed_beside_the_steps_has_lines_of_its_own(tmp_path: Path) 
     rows = {row["stage"]: row for row in planning.plan(graph(tmp_path, steps=10, change=more))}
     two, words = rows["two"], rows["words"]
     each = two["flops"] / (10 * 8)
-    begun, frozen = two["besides"]
+    tried, begun, frozen = two["besides"]
+    assert tried["flops"] == pytest.approx(5 * 8 * each) and "5 steps on each of 1 sources" in tried["what"]
     assert begun["flops"] == pytest.approx(24 * each) and "24 rows" in begun["what"]
     assert 0.25 * two["flops"] < frozen["flops"] < 0.45 * two["flops"], "a forward pass is about a third of a step"
     assert words["besides"][0]["flops"] == pytest.approx(12 * frozen["flops"] / 80 / 2, rel=0.2), (
@@ -208,4 +210,4 @@ def test_what_is_computed_beside_the_steps_has_lines_of_its_own(tmp_path: Path) 
     )
     assert not rows["one"]["besides"] and begun["seconds"] > 0
     said = planning.lines(two) + planning.lines(words)
-    assert sum(line.startswith("  besides   ") for line in said) == 3
+    assert sum(line.startswith("  besides   ") for line in said) == 4

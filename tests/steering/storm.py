@@ -14,8 +14,8 @@ from typing import Any
 from tests.steering.live import answer, put
 from tests.toy import graph
 from tutelage.core import acts, artifact, steer
+from tutelage.core.parts import mix_weights
 from tutelage.core.run import run_graph
-from tutelage.core.stage import mix_weights
 
 Do = dict[str, Any]
 

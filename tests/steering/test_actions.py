@@ -42,6 +42,12 @@ COURSES: dict[str, dict[str, Any]] = {
                     at(4, "drop_source", name="b"), at(5, "add_source", name="b"), at(6, "mix", weights={"a": 1, "c": 1}),
                     at(7, "mix", weights={})]
     },
+    "what is drawn in pieces": {
+        "curriculum": {"use": "curriculum/length_buckets", "shortest": 8, "cycles": 2},
+        "actions": [at(2, "add_source", name="c", source="SOURCE", weight=0.5), at(3, "skip_data", source="a:8", rows=3),
+                    at(4, "drop_source", name="b"), at(5, "set", path="curriculum/length_buckets.cycles", to=4),
+                    at(6, "mix", weights={"a": 1, "c": 1})]
+    },
     "going back": {
         "actions": [at(3, "save"), at(5, "rollback", to=3), at(5, "set", path="engine.clip", to=0.5),
                     at(8, "rollback", to="last", skip=True)]

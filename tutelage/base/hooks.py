@@ -27,6 +27,11 @@ HOOKS: dict[str, Hook] = {
     # what the model sees
     "weights": Hook("weights(names, view) -> dict[str, float]", "shares of the sources at this step", slot="mix"),
     "shape": Hook("shape(view) -> (length, tokens)", "row length and tokens of this step", slot="curriculum"),
+    "cut": Hook(
+        "cut(size) -> list[int]",
+        "pieces of a chunk, once, when the sources are built; a step draws those of its length",
+        slot="curriculum",
+    ),
     "source": Hook("source(view) -> dict[str, SourceRef]", "adds sources, each with the share it takes first"),
     "prefix": Hook(
         "prefix(records, rng) -> Iterator[str]", "what the rows of each document begin with: read, never learned"

@@ -49,6 +49,7 @@ class Engine:
     autocast: torch.dtype | None = None
     packing: str = "documents"
     micro: int | None = None
+    length: int | None = None  # where a curriculum changes the rows: how long those are that `micro` counts
     uneven: bool = False  # the parts of the loss count different things
     clip: float | None = 1.0
     objective: Method | None = None
@@ -103,11 +104,12 @@ class Engine:
                 numbers = self._accumulate(mine, view)
                 break
             except (RuntimeError, MemoryError) as error:
-                rows = min(self.micro or len(mine), len(mine))
+                rows = min(self._rows(mine), len(mine))
                 if not is_oom(error) or rows <= 1 or self.world.size > 1 or self.fused is not None:
                     raise
             self._forget_gradients()
-            self.micro = rows // 2
+            each = self._rows(mine) / (self.micro or self._rows(mine))  # rows of this batch for one that `micro` counts
+            self.micro = max(1, int(rows / each) // 2)
             self.on_micro(self.micro)
         for method in self.penalties:
             with self.precision():
@@ -127,8 +129,7 @@ class Engine:
         Parts that count different things cannot share the division: their weights are then learned first, in a pass
         without gradients (only where there is something to divide over: several micro-batches or ranks).
         """
-        rows = len(mine) if self.fused is not None else self.micro  # steps within backward take the whole batch
-        micros = [micro.to(self.device) for micro in mine.split(rows or max(1, len(mine)))]
+        micros = [micro.to(self.device) for micro in mine.split(self._rows(mine))]
         alone = len(micros) == 1 and self.world.size == 1
         scales = self._scales(micros, view) if self.uneven and not alone else [1.0] * (1 + len(self.auxiliaries))
         view.reseed("dropout", apart=True)  # so that a retry, or a pass more, draws the same masks
@@ -147,6 +148,15 @@ class Engine:
                 self._forget_gradients()
                 return self._accumulate(mine, view)
         return self._divide(totals, weights, alone=alone)
+
+    def _rows(self, batch: Batch) -> int:
+        """Rows of a micro-batch: of shorter rows than those that `micro` counts, as many more as there is room for."""
+        if self.fused is not None:  # steps within backward take the whole batch
+            return max(1, len(batch))
+        if self.micro is None or self.length is None:
+            return self.micro or max(1, len(batch))
+        width = max((value.shape[1] for value in batch.fields.values() if value.ndim == 2), default=self.length)
+        return max(1, self.micro * self.length // max(1, width))
 
     def _descend(self, micro: Batch, view: Any, scales: list[float] | None) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch; each part's total and weight. No scales: divide here and now."""

@@ -42,17 +42,26 @@ class FlopMeter:
     def __init__(self) -> None:
         self.known: dict[str, int] = {}  # by kind and key, as text
         self.totals: Counter[str] = Counter()
+        self.within = 0  # pieces of work that are being counted now, one in another
 
     def count(self, kind: str, key: Hashable, fn: Callable[[], T]) -> tuple[T, int]:
-        """Run `fn`; returns its result and its operations, which are also added to the ledger under `kind`."""
+        """Run `fn`; returns its result and its operations, which are also added to the ledger under `kind`.
+
+        Work within other work is the other's: a gradient that `begin` takes enters the ledger once.
+        """
         name = f"{kind} {key}"
         flops = self.known.get(name)
-        if flops is None:
-            result, flops = count(fn)
-            self.known[name] = flops
-        else:
-            result = fn()
-        self.totals[kind] += flops
+        self.within += 1
+        try:
+            if flops is None:
+                result, flops = count(fn)
+                self.known[name] = flops
+            else:
+                result = fn()
+        finally:
+            self.within -= 1
+        if not self.within:
+            self.totals[kind] += flops
         return result, flops
 
     def add(self, kind: str, flops: int) -> None:

@@ -12,7 +12,8 @@ from tutelage.core import checkpoint, steer
 from tutelage.core.acts import base_rate
 from tutelage.core.measure import measure
 from tutelage.core.pace import Pace
-from tutelage.core.stage import Run, mix_weights
+from tutelage.core.parts import mix_weights, shape_of
+from tutelage.core.stage import Run
 from tutelage.core.types import Batch
 
 
@@ -26,7 +27,7 @@ def train(run: Run) -> None:
     stop = Stop()
     counted = engine.flops.total
     if run.fresh:
-        clock.flops = float(counted)
+        clock.flops = float(view.sum(torch.tensor(counted, device=engine.device)))
     pace = Pace(run)
     schedule, step = methods.slots["schedule"], methods.slots["step"]
     assert schedule is not None
@@ -53,11 +54,12 @@ def train(run: Run) -> None:
             raise not_a_number(run)
         if clock.reached():
             break
-        length, rows = shape_of(run)
         weights = mix_weights(run)
+        length, rows = shape_of(run, weights)
         before = run.stream.cursors()
         view.reseed("batch")
-        batch = run.modality.collate(run.stream.draw(weights, length, rows), run.sources, length=length)
+        drawn_rows = run.stream.draw(run.parts.weights(weights, length), length, rows)
+        batch = run.modality.collate(drawn_rows, run.sources, length=length)
         tokens, drawn = batch.tokens, len(batch)
         for method in batchers:
             batch = method.batch(batch, view)
@@ -104,15 +106,6 @@ def train(run: Run) -> None:
         checkpoint.save(run)
     steer.close(run)
     stop.end()
-
-
-def shape_of(run: Run) -> tuple[int, int]:
-    """Length and rows of this step: the stage's own, or what a curriculum says (length, tokens)."""
-    curriculum = run.methods.slots["curriculum"]
-    if curriculum is None:
-        return run.node.stage.length, run.rows
-    length, tokens = curriculum.shape(run.view)
-    return length, max(1, round(tokens / length))
 
 
 def not_a_number(run: Run) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from tutelage.base.errors import UserError
 from tutelage.core import artifact, quantized
 from tutelage.core.anatomy import anatomy, match
 from tutelage.core.fused import Fused
+from tutelage.core.types import Batch
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
@@ -33,10 +35,33 @@ def begin(run: Run, saved: Any) -> None:
         return
     engine = run.engine
     trainable(run)
+    run.view._try = partial(tried, run)
     for method in run.methods.having("begin"):
         run.say({"doing": f"{method.name()} prepares"})
         run.view.reseed(f"begin|{method.name()}")
         engine.flops.count("begin", (method.name(),), partial(method.begin, engine.model, run.view))
+    run.view._try = None
+
+
+def tried(run: Run, batches: Iterable[Batch], then: Callable[[], Any]) -> Any:
+    """What `then` answers after steps on these batches by a fresh optimizer; weights and buffers are put back."""
+    engine, training = run.engine, run.engine.model.training
+    held = {name: tensor.detach().clone() for name, tensor in artifact.tensors_of(engine.model).items()}
+    others = {name: getattr(engine, name) for name in ("auxiliaries", "penalties", "grad_hooks")}
+    engine.__dict__.update(dict.fromkeys(others, ()))
+    try:
+        engine.model.train()
+        optimizer(run)
+        for batch in batches:
+            engine.step(run.view.prepared(batch), run.view)
+        return then()
+    finally:
+        engine.__dict__.update(others)
+        engine.optimizer = None
+        engine.model.train(training)
+        with torch.no_grad():
+            for name, tensor in artifact.tensors_of(engine.model).items():
+                tensor.copy_(held[name])
 
 
 def trainable(run: Run) -> None:

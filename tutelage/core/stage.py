@@ -18,7 +18,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.links import stage_of
 from tutelage.base.method import Method
 from tutelage.base.spec import SourceSpec
-from tutelage.core import artifact, checkpoint, memory, micro, randomness, shape, standing, steer
+from tutelage.core import artifact, checkpoint, memory, micro, parts, randomness, shape, standing, steer
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.engine import Engine
 from tutelage.core.graph import BUILTIN_PACKING, Methods, Node, methods_of
@@ -29,7 +29,7 @@ from tutelage.core.prefix import prefixed
 from tutelage.core.record import Journal, Metrics, read_lines
 from tutelage.core.rules import Rules
 from tutelage.core.shard import World
-from tutelage.core.stream import Order, Source, Stream
+from tutelage.core.stream import Source, Stream
 from tutelage.core.types import Batch
 from tutelage.core.view import Data, View
 
@@ -58,7 +58,8 @@ class Run:
     view: View
     methods: Methods
     stream: Stream
-    sources: dict[str, Source]
+    sources: dict[str, Source]  # by name, and their parts by theirs
+    parts: parts.Parts
     shares: dict[str, float]  # what a method's source takes first, of the whole
     rows: int  # of a step, before a curriculum
     packing: Any
@@ -99,8 +100,10 @@ class Run:
         view = self.view
         if name not in self.sources:
             source = prefixed(name, corpus.train, node=self.node, methods=self.methods, processor=self.processor)
-            self.sources[name] = source
-            self.stream.add(name, order=Order(source, seed=self.node.seed, packing=self.packing))
+            found = self.parts.add(source)
+            self.sources |= found
+            for drawn, order in self.parts.orders(found, seed=self.node.seed, packing=self.packing).items():
+                self.stream.add(drawn, order=order)
         if name not in view.heldout:
             collate = partial(self.modality.collate, length=self.node.stage.length)
             length = self.node.stage.length
@@ -108,8 +111,9 @@ class Run:
 
     def epochs(self) -> float:
         """Passes over the largest source that has been drawn from."""
-        passes = self.stream.epochs()
-        return max(((self.sources[n].facts["tokens"], passes[n]) for n in self.own() if passes[n]), default=(0, 0.0))[1]
+        drawn = self.stream.epochs()
+        passes = {name: self.parts.passes(name, drawn) for name in self.own()}
+        return max(((self.sources[n].facts["tokens"], p) for n, p in passes.items() if p), default=(0, 0.0))[1]
 
     @property
     def folder(self) -> Path:
@@ -264,19 +268,24 @@ def build(node: Node, *, world: World, say: Say) -> Run:
     for name, spec in stage.data.items():
         if isinstance(spec.weight, (int, float)):
             sources[name].facts["weight"] = float(spec.weight)
+    wrap = partial(prefixed, node=node, methods=methods, processor=base.processor)
+    sources = {name: wrap(name, source) for name, source in sources.items()}
+    cut = parts.Parts.of(methods.slots["curriculum"])
+    for source in list(sources.values()):
+        sources |= cut.add(source)
     shares: dict[str, float] = {}
     for method in methods.having("source"):
         for name, (source, share) in method.source(view).items():
-            sources[name], shares[name] = source, share
-    wrap = partial(prefixed, node=node, methods=methods, processor=base.processor)
-    sources = {name: wrap(name, source) for name, source in sources.items()}
-    stream = Stream({name: Order(s, seed=node.seed, packing=base.packing) for name, s in sources.items()})
+            sources[name], shares[name] = wrap(name, source), share
+    stream = Stream(cut.orders(sources, seed=node.seed, packing=base.packing))
 
     def sample(count: int) -> Batch:
         here = stream.state()
-        drawn = stream.draw(mix_weights(run), stage.length, count)
+        weights = parts.mix_weights(run)
+        length = parts.typical(run, weights)
+        drawn = stream.draw(cut.weights(weights, length), length, count)
         stream.load(here)
-        return modality.collate(drawn, sources, length=stage.length)
+        return modality.collate(drawn, sources, length=length)
 
     view._sample = sample
     rows = max(1, round(stage.batch.value / stage.length)) if stage.batch.unit == "tok" else int(stage.batch.value)
@@ -290,6 +299,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
         methods=methods,
         stream=stream,
         sources=sources,
+        parts=cut,
         shares=shares,
         rows=max(rows, world.size),
         packing=base.packing,
@@ -307,6 +317,9 @@ def build(node: Node, *, world: World, say: Say) -> Run:
         note = [{"do": "packing", "rule": "single"}]
         run.journal.append(tick=0, by="engine", do=note, write=world.rank == 0)
     view.clock.total = totals(run, stage.until)
+    view.length, view.tokens = stage.length, run.rows * stage.length
+    if methods.slots["curriculum"]:
+        engine.length = stage.length
     shape.begin(run, saved)
     shape.wrap(run)
     shape.optimizer(run)
@@ -389,7 +402,11 @@ def view_of_data(view: View, node: Node, corpora: Corpora, packing: Any) -> None
         model = modality.model(folder, config, processor=corpora.processor, length=stage.length)
         return model.to(view.engine.device).requires_grad_(False).eval()
 
-    view._data, view._open_ref = data, ref
+    def own(name: str) -> Data:
+        source = corpora.of(name, stage.data[name]).train
+        return Data({name: source}, collate, seed=node.seed, length=stage.length, packing=packing)
+
+    view._data, view._open_ref, view._source, view.sources = data, ref, own, list(stage.data)
     for column, spec in columns(node).items():
         source = corpora.of(column, spec).heldout
         view.heldout[column] = Data({column: source}, collate, seed=0, length=stage.length, packing=packing)
@@ -425,25 +442,6 @@ def totals(run: Run, until: Span) -> dict[str, float]:
         return {"flop": value}
     steps = value / per_step[unit]
     return {unit: value, **{u: steps * per_step[u] for u in per_step if u != unit}}
-
-
-def mix_weights(run: Run) -> dict[str, float]:
-    """Shares of this step: what methods' own sources take first, then what actions say or the mix divides."""
-    sources, shares, steered, own = run.sources, run.shares, run.steered, run.own()
-    mix = run.methods.slots["mix"]
-    assert mix is not None
-    if steered.mix:
-        weights = {name: weight for name, weight in steered.mix.items() if name in own}
-    else:
-        weights = mix.weights({name: sources[name].facts for name in run.node.stage.data}, run.view)
-        weights = {name: weight for name, weight in weights.items() if name in own}
-        joined = {name: added["weight"] for name, added in steered.added.items() if name in own}
-        rest = (1.0 - sum(joined.values())) / (sum(weights.values()) or 1.0)
-        weights = ({name: weight * rest for name, weight in weights.items()} | joined) if joined else weights
-    whole, taken = sum(weights.values()), sum(shares.values())
-    if not 0 <= taken < 1 and own:
-        raise UserError(f"methods take {taken:.0%} of every batch for their own sources; nothing is left for the data")
-    return {**{name: w / whole * (1 - taken) for name, w in weights.items()}, **shares}
 
 
 def evaluation(run: Run) -> None:

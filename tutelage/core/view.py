@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from tutelage.core.engine import Engine
 from tutelage.core.out import Out
 from tutelage.core.stream import Cursor, Order, Source, Stream
 from tutelage.core.types import Batch, Layout, Row
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -59,13 +61,19 @@ class View:
     engine: Engine
     signals: dict[str, float] = field(default_factory=dict)
     heldout: dict[str, Data] = field(default_factory=dict)  # what is measured, by column of the forgetting matrix
+    sources: list[str] = field(default_factory=list)  # that the stage learns from, in the recipe's order
     kept: frozenset[str] = frozenset()  # the columns that `keep` names
     same_tokens: bool = True  # whether the start's tokenizer is this stage's too
     passages: int = 64  # rows measured per column
     few: int = 64  # of these, the first ones that every measurement of the stage has
+    length: int = 0  # of the stage's rows
+    tokens: int = 0  # of a step of such rows
+    lengths: dict[int, float] = field(default_factory=dict)  # of a curriculum's pieces: the share of the data in each
     found: dict[str, float] = field(default_factory=dict)  # by the probes before this one, in this measurement
     history: dict[str, dict[str, float]] = field(default_factory=dict)  # earlier stages' measures: stage, column
     _data: Callable[[str], Data] | None = None
+    _source: Callable[[str], Data] | None = None
+    _try: Callable[[Iterable[Batch], Callable[[], Any]], Any] | None = None
     _open_ref: Callable[[str], nn.Module] | None = None
     _refs: dict[str, nn.Module] = field(default_factory=dict)
     _sample: Callable[[int], Batch] | None = None
@@ -121,6 +129,11 @@ class View:
         assert self._data is not None
         return self._data(of)
 
+    def source(self, name: str) -> Data:
+        """The training data of one of this stage's own sources."""
+        assert self._source is not None
+        return self._source(name)
+
     def measured(self, column: str) -> Data:
         """The held-out data of one column."""
         if column not in self.heldout:
@@ -128,7 +141,7 @@ class View:
         return self.heldout[column]
 
     def sample(self, rows: int) -> Batch:
-        """Rows like the next ones; the stream is not moved."""
+        """Rows like the next ones (of the commonest length, where a curriculum cuts); the stream is not moved."""
         assert self._sample is not None
         return self._sample(rows)
 
@@ -144,6 +157,18 @@ class View:
     def grad(self, batch: Batch) -> dict[str, Tensor]:
         """The objective's gradient on another batch, by parameter name."""
         return self.engine.gradient_of(self.prepared(batch), self)
+
+    def tried(self, batches: Iterable[Batch], then: Callable[[], T]) -> T:
+        """In `begin`: what `then` answers after a step on each of these batches. The weights are put back.
+
+        The steps are the stage's own, at the optimizer's full rate, without a schedule and without other methods.
+        """
+        assert self._try is not None, "weights are tried in `begin` only"
+        return self._try(batches, then)
+
+    def counted(self, key: Hashable, fn: Callable[[], T]) -> T:
+        """What `fn` answers; its operations count as choosing data. `key` names what sets them, shapes above all."""
+        return self.engine.flops.count("select", key, fn)[0]
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks."""

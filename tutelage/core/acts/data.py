@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core.acts.trial import Trial
+from tutelage.core.parts import divide
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
@@ -44,7 +45,9 @@ def _added(run: Run, trial: Trial, action: Any, place: str) -> None:
         )
     if sum(spec["weight"] for spec in run.steered.added.values()) + action.weight >= 1:
         raise UserError(f"{place}: the sources that were added would take the whole mixture")
-    run.corpora.of(action.name, action.source)  # read and tokenized now, so that what is wrong with it is told now
+    found = run.corpora.of(action.name, action.source)  # read and cut now, so that what is wrong with it is told now
+    if run.parts.cut:
+        divide(found.train, run.parts.cut)
     trial.added.add(action.name)
 
 
@@ -84,8 +87,10 @@ def _drop(run: Run, action: Any) -> None:
 
 
 def _skipped(run: Run, trial: Trial, action: Any, place: str) -> None:
-    if action.source not in run.sources:
-        raise UserError(f"{place}: there is no source '{action.source}'{did_you_mean(action.source, run.sources)}")
+    drawn = run.stream.cursors()
+    if action.source not in drawn:
+        there = f"{did_you_mean(action.source, drawn)} (there are: {', '.join(drawn)})"
+        raise UserError(f"{place}: nothing is drawn from a source '{action.source}'{there}")
 
 
 def _skip_effect(run: Run, action: Any) -> dict[str, Any]:

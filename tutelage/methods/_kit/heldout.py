@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tutelage.base.errors import UserError
 from tutelage.base.method import Seen
 from tutelage.core.out import Out, token_nll
 from tutelage.core.types import IGNORE, Batch
@@ -56,6 +58,32 @@ def bits_per_byte(view: Any, column: str, model: Callable[[Batch], Out] | None =
         return None
     few = view.few if sum(sizes[: view.few]) else len(sizes)
     return Bits(*(math.fsum(nats[:n]) / math.log(2) / sum(sizes[:n]) for n in (len(sizes), few)))
+
+
+def nats_per_label(view: Any, column: str, *, rows: int) -> float:
+    """The model's mean loss over the labels of a column's first rows, the work shared by the ranks and counted.
+
+    Raises UserError where nothing is held out.
+    """
+    found = torch.zeros(2, dtype=torch.float64, device=view.engine.device)
+    data = view.measured(column)
+    some = any(len(source.chunks) for source in data.sources.values())
+    for i, batch in enumerate(data.once(rows) if some else ()):
+        if i % view.engine.world.size != view.rank:
+            continue
+        batch = view.prepared(batch)
+        labels_BT = batch["labels"].to(view.engine.device)
+        key = ("held out", *(tuple(value.shape) for value in batch.fields.values()))
+        nll_BT = view.counted(key, partial(_nll, view, batch, labels_BT))
+        found += torch.stack([nll_BT.double().sum(), (labels_BT != IGNORE).sum().double()])
+    nats, labels = view.sum(found).tolist()
+    if not labels:
+        raise UserError(f"no loss can be taken on '{column}': nothing of it is held out; hold out more with `val`")
+    return float(nats / labels)
+
+
+def _nll(view: Any, batch: Batch, labels_BT: Tensor) -> Tensor:
+    return token_nll(view.model(batch), labels_BT)
 
 
 def moved(run: Seen, column: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,20 @@ class TextSource:
             "malformed": float(held.meta["malformed"]),
             "empty": float(held.meta["empty"]),
         }
+
+    def part(self, name: str, chunks: np.ndarray) -> TextSource:
+        """The same documents under another name with other chunks; those without anything to learn are left out."""
+        found = copy.copy(self)
+        found.name, found.chunks = name, chunks[_learned(self._side, chunks)]
+        found.fingerprint = f"{self.fingerprint}-{hashlib.blake2b(found.chunks.tobytes(), digest_size=8).hexdigest()}"
+        left_out = self.facts["chunks_left_out"] + len(chunks) - len(found.chunks)
+        found.facts = {
+            **self.facts,
+            "chunks": float(len(found.chunks)),
+            "chunks_left_out": float(left_out),
+            "tokens": float(found.chunks[:, 2].sum()),
+        }
+        return found
 
     def report(self) -> list[str]:
         """What a person should know about how the source was read, a line each; empty when there is nothing."""
@@ -171,13 +187,18 @@ def cut(side: Side, chunk: int | np.ndarray) -> tuple[np.ndarray, int]:
     start = (np.arange(len(doc)) - np.repeat(np.cumsum(counts) - counts, counts)) * longest[doc]
     length = np.minimum(positions[doc] - start, longest[doc])
     chunks = np.stack([doc, start, length], axis=1).astype(np.int64)
-    if side.loss is None or not len(chunks):
-        return chunks, 0
-    begin = offsets[doc] + start + 1  # of the labels
-    edges = np.stack([begin, begin + length], axis=1).ravel()
-    inside = edges < len(side.loss)  # only the very last edge may stand at the end
-    learned = np.add.reduceat(side.loss, edges[inside], dtype=np.int64)[::2] > 0
+    learned = _learned(side, chunks)
     return chunks[learned], int(len(chunks) - learned.sum())
+
+
+def _learned(side: Side, chunks: np.ndarray) -> np.ndarray:
+    """[N] bool: in which chunks anything is learned."""
+    if side.loss is None or not len(chunks):
+        return np.ones(len(chunks), bool)
+    begin = np.asarray(side.offsets)[chunks[:, 0]] + chunks[:, 1] + 1  # of the labels
+    edges = np.stack([begin, begin + chunks[:, 2]], axis=1).ravel()
+    inside = edges < len(side.loss)  # only the very last edge may stand at the end
+    return np.asarray(np.add.reduceat(side.loss, edges[inside], dtype=np.int64)[::2] > 0)
 
 
 def build(

@@ -1,0 +1,156 @@
+"""What a step draws: shares of the sources, and with a curriculum that cuts them, pieces of one length.
+
+A mix divides a step among sources and knows nothing of parts. A curriculum with `cut` chooses a length, and every
+source gives pieces of that length, in proportion to its share and to how much of it lies in them: over the steps of all
+lengths each source comes to its share.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from tutelage.base.errors import UserError
+from tutelage.core.stream import Order, Source
+
+if TYPE_CHECKING:
+    from tutelage.core.stage import Run
+
+Cut = Callable[[int], list[int]]
+"""Lengths of the pieces that a chunk of so many positions is cut into, in order; what is left of it is not drawn."""
+
+
+class Divisible(Source, Protocol):
+    """A source whose documents are read anywhere: the same under another name with other chunks."""
+
+    def part(self, name: str, chunks: np.ndarray) -> Divisible: ...
+
+
+@dataclass
+class Parts:
+    """What became of the sources that are mixed. Without a `cut` nothing does, and every answer is the plain one."""
+
+    cut: Cut | None = None
+    names: dict[str, dict[int, str]] = field(default_factory=dict)  # of a source's parts, by length, shortest first
+    shares: dict[str, dict[int, float]] = field(default_factory=dict)  # of a source's positions
+
+    @staticmethod
+    def of(curriculum: Any) -> Parts:
+        """None yet, to be cut as the curriculum says, if it does."""
+        return Parts(getattr(curriculum, "cut", None))
+
+    def add(self, source: Source) -> dict[str, Source]:
+        """The source by its name, holding only what is drawn, and its parts by theirs."""
+        if self.cut is None:
+            return {source.name: source}
+        whole, parts = divide(source, self.cut)
+        self.names[source.name] = {length: part.name for length, part in parts.items()}
+        sizes = {length: float(part.chunks[:, 2].sum()) for length, part in parts.items()}
+        self.shares[source.name] = {length: size / sum(sizes.values()) for length, size in sizes.items()}
+        return {whole.name: whole, **{part.name: part for part in parts.values()}}
+
+    def orders(self, sources: Mapping[str, Source], *, seed: int, packing: Any) -> dict[str, Order]:
+        """How each is drawn: a source that has parts by its parts, a piece a row."""
+        parts = {name for names in self.names.values() for name in names.values()}
+        return {
+            name: Order(source, seed=seed, packing="single" if name in parts else packing)
+            for name, source in sources.items()
+            if name not in self.names
+        }
+
+    def lengths(self, weights: Mapping[str, float]) -> dict[int, float]:
+        """The share of each length in what these shares of sources draw on, shortest first; empty without parts."""
+        found: dict[int, float] = defaultdict(float)
+        for name, shares in self.shares.items():
+            for length, share in shares.items():
+                found[length] += weights.get(name, 0.0) * share
+        whole = sum(found.values())
+        return {length: found[length] / whole for length in sorted(found) if found[length]}
+
+    def weights(self, weights: Mapping[str, float], length: int) -> dict[str, float]:
+        """Shares of what is drawn at a step of this length. Sources without parts (methods' own) keep theirs."""
+        if not self.names:
+            return dict(weights)
+        own = {name: share for name, share in weights.items() if name in self.names}
+        found = {self.names[n][length]: w * self.shares[n][length] for n, w in own.items() if length in self.names[n]}
+        whole = sum(found.values())
+        if own and not whole:
+            there = ", ".join(map(str, self.lengths(weights)))
+            raise UserError(f"curriculum: no source has pieces of {length} positions (there are: {there})")
+        scale = sum(own.values()) / whole if whole else 0.0
+        rest = {name: share for name, share in weights.items() if name not in self.names}
+        return {name: weight * scale for name, weight in found.items()} | rest
+
+    def passes(self, name: str, drawn: Mapping[str, float]) -> float:
+        """Passes over a source, from those over what it is drawn by."""
+        if name not in self.names:
+            return drawn[name]
+        return sum(share * drawn[self.names[name][length]] for length, share in self.shares[name].items())
+
+
+def divide(source: Source, cut: Cut) -> tuple[Divisible, dict[int, Divisible]]:
+    """A source holding only the pieces that its chunks are cut into, and its parts by length, shortest first.
+
+    Pieces in which nothing is learned are left out. Raises UserError for a source that cannot be cut or of which
+    nothing is left.
+    """
+    if not hasattr(source, "part"):
+        raise UserError(f"source '{source.name}' cannot be cut into pieces: a curriculum that cuts needs plain text")
+    pieces = []
+    for size in np.unique(source.chunks[:, 2]).tolist():
+        lengths = cut(size)
+        assert min(lengths, default=1) > 0 and sum(lengths) <= size, (size, lengths)
+        chunks = source.chunks[source.chunks[:, 2] == size]
+        for start, length in zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False):
+            pieces.append(np.stack([chunks[:, 0], chunks[:, 1] + start, np.full(len(chunks), length)], axis=1))
+    found = np.concatenate(pieces) if pieces else source.chunks[:0]
+    whole: Divisible = source.part(source.name, found[np.lexsort((found[:, 1], found[:, 0]))])
+    sizes = whole.chunks[:, 2]
+    if not len(sizes):
+        raise UserError(
+            f"source '{source.name}': the curriculum leaves nothing of it (its longest piece has "
+            f"{int(source.chunks[:, 2].max(initial=0))} positions); let it cut shorter pieces"
+        )
+    parts = {
+        size: whole.part(f"{source.name}:{size}", whole.chunks[sizes == size]) for size in np.unique(sizes).tolist()
+    }
+    return whole, parts
+
+
+def mix_weights(run: Run) -> dict[str, float]:
+    """Shares of this step: what methods' own sources take first, then what actions say or the mix divides."""
+    sources, shares, steered, own = run.sources, run.shares, run.steered, run.own()
+    mix = run.methods.slots["mix"]
+    assert mix is not None
+    if steered.mix:
+        weights = {name: weight for name, weight in steered.mix.items() if name in own}
+    else:
+        weights = mix.weights({name: sources[name].facts for name in run.node.stage.data}, run.view)
+        weights = {name: weight for name, weight in weights.items() if name in own}
+        joined = {name: added["weight"] for name, added in steered.added.items() if name in own}
+        rest = (1.0 - sum(joined.values())) / (sum(weights.values()) or 1.0)
+        weights = ({name: weight * rest for name, weight in weights.items()} | joined) if joined else weights
+    whole, taken = sum(weights.values()), sum(shares.values())
+    if not 0 <= taken < 1 and own:
+        raise UserError(f"methods take {taken:.0%} of every batch for their own sources; nothing is left for the data")
+    return {**{name: w / whole * (1 - taken) for name, w in weights.items()}, **shares}
+
+
+def shape_of(run: Run, weights: Mapping[str, float]) -> tuple[int, int]:
+    """Length and rows of this step: the stage's own, or what a curriculum says (length, tokens)."""
+    curriculum = run.methods.slots["curriculum"]
+    if curriculum is None:
+        return run.node.stage.length, run.rows
+    run.view.lengths = run.parts.lengths(weights)
+    length, tokens = curriculum.shape(run.view)
+    return length, max(run.engine.world.size, round(tokens / length))
+
+
+def typical(run: Run, weights: Mapping[str, float]) -> int:
+    """The length in which most positions lie: the stage's own where nothing is cut."""
+    found = run.parts.lengths(weights)
+    return max(found, key=lambda length: found[length]) if found else run.node.stage.length
