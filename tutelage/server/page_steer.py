@@ -223,9 +223,10 @@ class Steer(Panel):
                 text(f"save of tick {save['tick']:,}{' · kept' if save.get('kept') else ''}", "small")
                 do = [{"do": "rollback", "to": save["tick"]}]
                 button(
-                    f"{title} …",
+                    "Go back …",
                     lambda d=do, t=title: self.ask(d, title=t, says=BACK["rollback"], options=SKIP),
                     "tiny risk",
+                    label=title,
                 )
         if not done and not live.controls["saves"]:
             text("No save and no action yet.", "soft")
