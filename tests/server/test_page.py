@@ -16,6 +16,8 @@ import pytest
 
 from tests.server.conftest import serve
 from tutelage import steering
+from tutelage.base.spec import SteeringSpec
+from tutelage.server.page_steer import rules_said
 from tutelage.trying import Try
 
 WIDE, NARROW = (1280, 800), (390, 844)
@@ -169,6 +171,17 @@ def test_a_try_that_is_not_over_is_seen_by_whoever_loads_the_page_anew(open_page
         page.get_by_role("button", name="Adopt").wait_for()
     finally:
         shutil.rmtree(tried.place)
+
+
+def test_rules_are_said_in_sentences() -> None:
+    rules = SteeringSpec(policy={"limits": {}}).model_dump(mode="json")
+    assert rules_said(rules) == [
+        "Agents: optim.lr × 0.5 to × 2 within 200step; at most 100 requests; rollback, reset, end stage, add source, drop "
+        "source, branch wait for a person.",
+        "Policies: no limits; at most 1,000 requests.",
+        "What a person set is theirs for 200step.",
+    ]
+    assert rules_said({}) == [] and rules_said({"agent": {"budget": 3}}) == ["Agents: no limits; at most 3 requests."]
 
 
 # -- who may, and by which means -----------------------------------------------------------------------------------------

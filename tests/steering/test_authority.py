@@ -130,11 +130,11 @@ def test_an_end_put_forward_waits_as_an_end_does(tmp_path: Path) -> None:
                 ("further", agent({"do": "extend", "until": "9step"})),
             ]
         ],
-        3: [[("past", ask({"do": "extend", "until": "2step"}))]],
+        3: [[("past", ask({"do": "extend", "until": "2step"})), ("odd", agent({"do": "extend", "until": "1Tflop"}))]],
     }
     home = run(tmp_path, script)
-    states = {name: answer(home, name)["state"] for name in ("nearer", "further", "past")}
-    assert states == {"nearer": "waiting", "further": "applied", "past": "refused"}
+    states = {name: answer(home, name)["state"] for name in ("nearer", "further", "past", "odd")}
+    assert states == {"nearer": "waiting", "further": "applied", "past": "refused", "odd": "waiting"}
     assert numbers(home)[-1]["step"] == 9
 
 

@@ -68,6 +68,9 @@ def back_to_before(entry: dict[str, Any]) -> bool:
 
 def show_effects(answer: dict[str, Any], *, said: str = "what changes") -> None:
     rows = effects_of(answer)
+    for what, _, now, _ in [row for row in rows if not row[1] and not row[3]]:
+        text(f"{what}: {now}" if now else what, "small")
+    rows = [row for row in rows if row[1] or row[3]]
     used = any(row[3] for row in rows)
     if rows:
         head = (

@@ -13,6 +13,7 @@ from tutelage.server.page_panel import Panel
 from tutelage.server.page_words import plain, rate, spell
 
 RATES = ("optim.lr", "optim.base")
+MANY = {"agent": "agents", "policy": "policies"}
 
 
 class Steer(Panel):
@@ -222,9 +223,10 @@ class Steer(Panel):
                 text(f"save of tick {save['tick']:,}{' · kept' if save.get('kept') else ''}", "small")
                 do = [{"do": "rollback", "to": save["tick"]}]
                 button(
-                    f"{title} …",
+                    "Go back …",
                     lambda d=do, t=title: self.ask(d, title=t, says=BACK["rollback"], options=SKIP),
                     "tiny risk",
+                    label=title,
                 )
         if not done and not live.controls["saves"]:
             text("No save and no action yet.", "soft")
@@ -246,13 +248,15 @@ class Steer(Panel):
 
     def _rules(self) -> None:
         now = self.viewer.live.controls
-        locked = "agent" in now["locked"] or "policy" in now["locked"]
+        locked = [many for actor, many in MANY.items() if actor in now["locked"]]
         text(
-            "Agents and policies are refused now." if locked else "Persons, then agents, then policies.",
+            f"{' and '.join(locked).capitalize()} are refused now."
+            if locked
+            else "Persons, then agents, then policies.",
             "warn" if locked else "soft small",
         )
-        for actor, rule in now["rules"].items():
-            text(f"{actor}: {plain(rule)}", "small")
+        for said in rules_said(now["rules"]):
+            text(said, "small")
         do = {"do": "unlock" if locked else "lock", "actors": ["agent", "policy"]}
         says = (
             "They may ask again." if locked else "Everything that agents and policies ask for is refused from now on."
@@ -275,7 +279,7 @@ class Steer(Panel):
                 "tiny",
             )
         with box("line"):
-            after = field("End after, such as 100step (empty: now)", classes="grow")
+            after = field("End after (empty: now)", classes="grow")
             decay = ui.checkbox("with a last decay").props("dense")
 
             async def end() -> None:
@@ -306,7 +310,7 @@ class Steer(Panel):
                 "tiny risk",
             )
         with box("line wrap"):
-            name = field("Name of a new source").style("flex: 1 1 8rem")
+            name = field("New source").style("flex: 1 1 8rem")
             path = field("Path, as under data:").style("flex: 2 1 10rem")
             share = field("Share, %").style("width: 6rem")
 
@@ -330,4 +334,26 @@ def _bounds(target: dict[str, Any]) -> str:
     low, high = target.get("low"), target.get("high")
     if low is None and high is None:
         return ""
-    return f"from {plain(low) if low is not None else 'any'} to {plain(high) if high is not None else 'any'}"
+    if high is None:
+        return f"{plain(low)} or more"
+    return f"{plain(high)} or less" if low is None else f"from {plain(low)} to {plain(high)}"
+
+
+def rules_said(rules: dict[str, Any]) -> list[str]:
+    """What a stage's `steering` allows, a sentence an actor."""
+    found = []
+    for actor, many in MANY.items():
+        rule = rules.get(actor)
+        if not rule:
+            continue
+        limits = [
+            f"{path} × {plain(limit['by'][0])} to × {plain(limit['by'][1])} within {limit['per']}"
+            for path, limit in (rule.get("limits") or {}).items()
+        ]
+        waits = [name.replace("_", " ") for name in rule.get("approve") or []]
+        parts = [", ".join(limits) or "no limits", f"at most {rule.get('budget', 0):,} requests"]
+        parts += [f"{', '.join(waits)} wait for a person"] if waits else []
+        found.append(f"{many.capitalize()}: {'; '.join(parts)}.")
+    if rules.get("hold"):
+        found.append(f"What a person set is theirs for {rules['hold']}.")
+    return [*found, *(["Policies only follow what the recipe says they did."] if rules.get("replay") else [])]
