@@ -320,3 +320,11 @@ def test_a_table_of_a_steered_stage_is_not_taken_for_one_of_the_bare_recipe(tmp_
     run(named(tmp_path, "toy", table), only="seen")
     result = run(named(tmp_path, "plain", table), only="seen")
     assert result.done == ["one", "seen"]
+
+
+def test_a_setting_added_to_a_method_named_by_its_name_alone_is_one_change() -> None:
+    old, new = {"optim": "optim/adamw"}, {"optim": {"use": "optim/adamw", "lr": 1e-4}}
+    assert identity.difference(old, new) == "optim.lr: absent → 0.0001"
+    assert identity.difference(new, old) == "optim.lr: 0.0001 → absent"
+    other = {"optim": {"use": "optim/muon", "lr": 1e-4}}
+    assert identity.difference(old, other) == "optim.lr: absent → 0.0001, optim.use: optim/adamw → optim/muon"
