@@ -276,6 +276,26 @@ def test_a_terminal_is_asked_and_without_one_it_is_an_error(copy: Path, monkeypa
     assert (copy / "runs/toy/one/2/artifact").exists()
 
 
+def test_the_report_of_one_stage_keeps_what_is_there_of_the_others(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run --only` comes to one stage, and its report takes the place of that of all."""
+    path = copy / "toy.yaml"
+    path.write_text(yaml.safe_dump(toy.recipe(copy / "data", steps=4)))
+    monkeypatch.setattr(command, "_peak_in_child", lambda: 0.0)
+
+    def states(only: str | None, *sets: str) -> dict[str, str]:
+        options = {"jobs": 0, "reuse": False, "retrain": bool(sets), "runs": copy / "new"}
+        command.run_recipe(path, sets=list(sets), only=only, **options)
+        found = json.loads((copy / "new/toy/report.json").read_text())
+        return {name: stage["state"] for name, stage in found["stages"].items()}
+
+    assert states("one") == {"one": "done", "two": "not run"}
+    assert not (copy / "new/toy/two").exists(), "to look makes nothing"
+    assert states(None) == states("one") == {"one": "done", "two": "done"}
+    assert states("one", "stages.one.optim.lr=0.02") == {"one": "done", "two": "not run"}, (
+        "that two came from another one"
+    )
+
+
 def test_a_question_finds_the_terminal_still(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(Console(force_terminal=True), peak=0.0)
     with display:
