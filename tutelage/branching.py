@@ -14,7 +14,8 @@ from tutelage.base.errors import UserError
 from tutelage.base.spec import Recipe, SourceSpec
 from tutelage.core import artifact
 from tutelage.core.elsewhere import at_step, saved_steps
-from tutelage.core.graph import Node, difference, methods_of
+from tutelage.core.graph import Node, methods_of
+from tutelage.core.identity import difference
 from tutelage.look import folder_of, node_of
 
 console = Console(highlight=False)

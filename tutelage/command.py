@@ -23,6 +23,7 @@ from tutelage.core.flops import measured_peak
 from tutelage.core.graph import Drift, Graph
 from tutelage.core.record import write_whole
 from tutelage.core.run import STOPPED, run_graph
+from tutelage.core.settle import look
 from tutelage.core.shard import World
 from tutelage.display import Display
 
@@ -57,6 +58,7 @@ def run_recipe(
         return 0 if result.done or result.reused else 1
     home = runs / graph.name
     write_recipe(recipe, sets=sets, home=home)
+    look(graph)
     data = report.write(graph, home, failed=result.failed)
     console.print(report.short(data))
     console.print(f"Report: {home / 'report.html'} (numbers: report.json beside it)", soft_wrap=True)

@@ -19,7 +19,8 @@ from tutelage.base.rules import entered_by
 from tutelage.base.spec import SourceSpec
 from tutelage.base.values import late_names
 from tutelage.core import artifact, rules
-from tutelage.core.graph import Graph, Node, difference, methods_of
+from tutelage.core.graph import Graph, Node, methods_of
+from tutelage.core.identity import difference
 from tutelage.core.record import read_lines
 from tutelage.core.settle import settle
 from tutelage.core.stage import totals

@@ -276,6 +276,26 @@ def test_a_terminal_is_asked_and_without_one_it_is_an_error(copy: Path, monkeypa
     assert (copy / "runs/toy/one/2/artifact").exists()
 
 
+def test_the_report_of_one_stage_keeps_what_is_there_of_the_others(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run --only` comes to one stage, and its report takes the place of that of all."""
+    path = copy / "toy.yaml"
+    path.write_text(yaml.safe_dump(toy.recipe(copy / "data", steps=4)))
+    monkeypatch.setattr(command, "_peak_in_child", lambda: 0.0)
+
+    def states(only: str | None, *sets: str) -> dict[str, str]:
+        options = {"jobs": 0, "reuse": False, "retrain": bool(sets), "runs": copy / "new"}
+        command.run_recipe(path, sets=list(sets), only=only, **options)
+        found = json.loads((copy / "new/toy/report.json").read_text())
+        return {name: stage["state"] for name, stage in found["stages"].items()}
+
+    assert states("one") == {"one": "done", "two": "not run"}
+    assert not (copy / "new/toy/two").exists(), "to look makes nothing"
+    assert states(None) == states("one") == {"one": "done", "two": "done"}
+    assert states("one", "stages.one.optim.lr=0.02") == {"one": "done", "two": "not run"}, (
+        "that two came from another one"
+    )
+
+
 def test_a_question_finds_the_terminal_still(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(Console(force_terminal=True), peak=0.0)
     with display:
@@ -320,3 +340,11 @@ def test_a_table_of_a_steered_stage_is_not_taken_for_one_of_the_bare_recipe(tmp_
     run(named(tmp_path, "toy", table), only="seen")
     result = run(named(tmp_path, "plain", table), only="seen")
     assert result.done == ["one", "seen"]
+
+
+def test_a_setting_added_to_a_method_named_by_its_name_alone_is_one_change() -> None:
+    old, new = {"optim": "optim/adamw"}, {"optim": {"use": "optim/adamw", "lr": 1e-4}}
+    assert identity.difference(old, new) == "optim.lr: absent → 0.0001"
+    assert identity.difference(new, old) == "optim.lr: 0.0001 → absent"
+    other = {"optim": {"use": "optim/muon", "lr": 1e-4}}
+    assert identity.difference(old, other) == "optim.lr: absent → 0.0001, optim.use: optim/adamw → optim/muon"

@@ -18,7 +18,7 @@ from tutelage.base.method import Method
 from tutelage.base.spec import Recipe, SourceSpec, Stage, is_late
 from tutelage.base.values import unbound
 from tutelage.core import fused, hashes, quantized
-from tutelage.core.identity import code_id, file_id, weights_id
+from tutelage.core.identity import code_id, difference, file_id, weights_id
 from tutelage.core.modality import Modality
 from tutelage.core.record import read_lines
 
@@ -405,21 +405,6 @@ class Graph:
                 f"stage '{node.name}' in {found[-1]} was made from something else: {difference(old, node.parts)}"
             )
         node.folder, node.state = home / str(int(found[-1].name) + 1 if found else 1), "new"
-
-
-def difference(old: Any, new: Any, *, limit: int = 4) -> str:
-    """What changed between two fingerprints' parts, in a line."""
-    before, after = _leaves(old), _leaves(new)
-    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    shown = [f"{key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}" for key in keys[:limit]]
-    return ", ".join(shown) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
-    if items is None or not tree:
-        return {prefix.rstrip("."): tree}
-    return {k: v for key, value in items for k, v in _leaves(value, f"{prefix}{key}.").items()}
 
 
 def stage_behind(model: Path) -> tuple[Path] | tuple[Path, str] | None:

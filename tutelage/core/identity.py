@@ -1,4 +1,4 @@
-"""What a method's code, a folder of weights and a file are, as hashes: the parts of a stage's fingerprint."""
+"""What a method's code, a folder of weights and a file are, as hashes: the parts of a stage's fingerprint, and how two differ."""
 
 from __future__ import annotations
 
@@ -75,3 +75,24 @@ def _claim(node: ast.stmt) -> bool:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         return any(isinstance(t, ast.Name) and t.id == "BENCH" for t in targets)
     return False
+
+
+def difference(old: Any, new: Any, *, limit: int = 4) -> str:
+    """What changed between two fingerprints' parts, in a line."""
+    sides = _leaves(old), _leaves(new)
+    before, after = (_named(one, other) for one, other in (sides, sides[::-1]))
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    shown = [f"{key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}" for key in keys[:limit]]
+    return ", ".join(shown) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def _named(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`optim: name` as `optim: {use: name}` where the other side has settings beside the name."""
+    return {f"{key}.use" if f"{key}.use" in other else key: value for key, value in one.items()}
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None or not tree:
+        return {prefix.rstrip("."): tree}
+    return {k: v for key, value in items for k, v in _leaves(value, f"{prefix}{key}.").items()}

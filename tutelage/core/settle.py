@@ -35,6 +35,23 @@ def settle(graph: Graph, node: Node, *, drift: str | Choose) -> None:
         graph.place(node, drift=drift(found))
 
 
+def look(graph: Graph) -> None:
+    """Place stages that this call did not come to (`--only`, a failure) but an earlier one made. Nothing is made."""
+    placed = [node for node in graph.nodes.values() if node.folder is not None]
+    done = {node.name for node in placed if node.artifact.exists()}
+    for node in graph.nodes.values():
+        if node.folder is not None or rules.standing(node, done=done, unmade=rules.unmade(graph)) != "ready":
+            continue
+        try:
+            settle(graph, node, drift="refuse")
+        except UserError:  # what is there was made from something else
+            continue
+        if node.state == "new":
+            node.folder = None
+        elif node.artifact.exists():
+            done.add(node.name)
+
+
 def tables(graph: Graph, node: Node) -> dict[str, dict[str, float]]:
     """Values that finished table stages hold, by stage: `name` (of the last model that has it) and `model/name`."""
     found: dict[str, dict[str, float]] = {}
