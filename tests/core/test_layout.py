@@ -56,7 +56,10 @@ def test_what_stands_before_the_head_is_named_as_files_name_it():
 
 
 def test_a_layer_as_wide_inside_as_outside_is_no_riddle():
-    assert spaces(seen("llama", intermediate_size=HIDDEN), "model.layers.0.mlp.up_proj.weight") == ["mlp", "hidden read"]
+    assert spaces(seen("llama", intermediate_size=HIDDEN), "model.layers.0.mlp.up_proj.weight") == [
+        "mlp",
+        "hidden read",
+    ]
 
 
 def test_nothing_is_left_behind_that_makes_later_models_weightless():
