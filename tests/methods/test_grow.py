@@ -200,7 +200,7 @@ def test_new_units_at_zero_leave_the_function_and_learn(name, tied, tmp_path):
     ids = tokens(name)["input_ids"]
     larger.train()(input_ids=ids, labels=ids).loss.backward()
     down = larger.model.layers[0].mlp.down_proj
-    assert float(down.weight[32:, :48].abs().max()) == 0.0 < float(down.weight.grad[32:, :48].abs().max())
+    assert float(down.weight.detach()[32:, :48].abs().max()) == 0.0 < float(down.weight.grad[32:, :48].abs().max())
 
 
 def test_zero_in_width_is_refused_where_norms_subtract_a_mean(tmp_path):
@@ -258,3 +258,14 @@ def test_not_every_block_can_be_new():
     view = view_of("gpt2", objective=registry.make("objective/causal_lm"))
     with pytest.raises(UserError, match="the model has 2 blocks"):
         registry.make({"use": "grow/ramp", "top": 2}).begin(view.engine.model, view)
+
+
+def test_what_keeps_the_function_says_so():
+    def keeps(**settings):
+        return registry.make(settings).keeps_function()
+
+    assert keeps(use="grow/bert2bert", width=2) and not keeps(use="grow/bert2bert", width=2, new="aki")
+    assert not keeps(use="grow/bert2bert", width=2, depth=2) and not keeps(use="grow/bert2bert", width=2, uneven=True)
+    assert keeps(use="grow/stack", times=2, new="zero") and keeps(use="grow/stack", times=1, width=2)
+    assert not keeps(use="grow/stack", times=2) and not keeps(use="grow/stack", times=1, width=2, new="random")
+    assert keeps(use="grow/stack", times=2, width=2, new="zero") and not keeps(use="grow/stack", times=1)

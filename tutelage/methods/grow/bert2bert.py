@@ -47,7 +47,7 @@ class Bert2Bert(Method):
     on = {"width": 2}
 
     def keeps_function(self) -> bool:
-        return self.new == "fpi" and self.depth == 1 and not self.uneven
+        return self.new == "fpi" and self.depth == 1 and self.width > 1 and not self.uneven
 
     def grow(
         self, config: dict[str, Any], tensors: dict[str, Tensor], view: Any

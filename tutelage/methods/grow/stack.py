@@ -47,7 +47,7 @@ class Stack(Method):
     on = {"times": 2}
 
     def keeps_function(self) -> bool:
-        return self.new == "zero" or (self.new == "copies" and self.times == 1)
+        return (self.new == "zero" and self.times > 1) or (self.new != "random" and self.times == 1 and self.width > 1)
 
     def grow(self, config: dict[str, Any], tensors: dict[str, Tensor], view: Any) -> Grown:
         if self.width > 1:
@@ -66,9 +66,8 @@ class Stack(Method):
             for name in sorted(set(grown) - set(tensors)):
                 grown[name] = fresh(grown[name], norm=name in norms, std=std, rng=rng)
             return config, grown
-        order = {
-            p: [i for i in r for _ in range(self.times)] for p, r in each.items()
-        }  # each with its own copies above
+        # each block with its own copies right above it, as the authors' script for zero has them
+        order = {p: [i for i in r for _ in range(self.times)] for p, r in each.items()}
         config, grown = deeper(config, tensors, order, by=self.name())
         writers = writers_of(view.layout(config))
         for name in writers:
