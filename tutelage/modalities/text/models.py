@@ -127,7 +127,10 @@ def _checked(config: dict[str, Any]) -> Any:
         hint = did_you_mean(kind, list(transformers.CONFIG_MAPPING.keys()))
         raise UserError(f"start: transformers has no model type '{kind}'{hint}")
     cls = transformers.CONFIG_MAPPING[kind]
-    known = {*cls().to_dict(), *cls.attribute_map}
+    try:
+        known = {*cls().to_dict(), *cls.attribute_map}
+    except Exception:  # a config made of others has no defaults of its own to know its keys by
+        known = set()
     for key in given.keys() - known:
         if near := difflib.get_close_matches(key, known - given.keys(), n=1, cutoff=0.85):
             raise UserError(f"start: a {kind} config has no '{key}'; did you mean '{near[0]}'?")
