@@ -126,7 +126,7 @@ def _standing(node: Node, pending: dict[str, list[str]]) -> dict[str, Any]:
 def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     """Add data, steps, operations, memory, disk and time to a row."""
     stage, cache = node.stage, node.graph.runs / ".data"
-    if stage.product == "table":
+    if stage.product == "table" or _rewrites(node):  # no model is sized, none is opened
         return
     _known(stage)
     processor, vocab = _processor(node, row["notes"], seen)
@@ -167,6 +167,11 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     shape = {"length": stage.length, "rows": row["rows"], "steps": row.get("steps", 0), "sources": len(stage.data)}
     if row["state"] != "partial":
         _besides(row, sizing.besides(methods, model, **shape, each=each), rate)
+
+
+def _rewrites(node: Node) -> bool:
+    make = node.stage.make
+    return make is not None and "rewrite" in registry.make(make, place=f"stages.{node.name}.make").hooks()
 
 
 def _besides(row: dict[str, Any], found: list[dict[str, Any]], rate: float) -> None:

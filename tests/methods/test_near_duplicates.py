@@ -14,6 +14,7 @@ from tutelage.core.run import run_graph
 from tutelage.core.types import Document
 from tutelage.methods.filter.near_duplicates import NearDuplicates, stretches
 from tutelage.modalities.text.documents import Documents
+from tutelage.planning import plan
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ro", "su", "ti") for b in ("b", "d", "f", "g", "n", "s")]
 
@@ -184,6 +185,8 @@ def test_a_stage_filters_two_sources_and_another_learns_from_it_without_any_mode
         }
         recipe["stages"]["two"]["data"] = {"b": {"stage": "again", "val": "20%"}}
 
+    planned = {row["stage"]: row for row in plan(toy.graph(tmp_path, steps=2, change=change))}
+    assert planned["filtered"]["does"] == "writes with filter/near_duplicates" and "params" not in planned["filtered"]
     made, result = run(tmp_path, change)
     assert not result.failed
     rows, again = lines(made.nodes["filtered"]), lines(made.nodes["again"])
