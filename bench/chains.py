@@ -1,7 +1,8 @@
-"""Chains of assignments after LEGO (Zhang et al. 2022, arXiv:2206.04301), a skill for each depth at which one is asked.
+"""Chains of values, a skill for each depth at which one is asked: LEGO (Zhang et al. 2022, arXiv:2206.04301) unrolled.
 
-`c=-b,a=1,b=+a:c=` is answered with `0`: b is what a is, and c is not what b is. The value at depth d takes that at
-depth d - 1, so the skills have an order. Chance is one bit an answer.
+`1-+--:3=` begins with 1, and each sign says whether the next value is the same or the other one; the value at depth 3
+is asked, and the answer is `0`. Each depth takes the one before it, so the skills have an order. Chance is one bit an
+answer. LEGO's clauses name variables and stand in any order, of which a model of this size learned little in 750 steps.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 
 class Chains:
-    """`count` records of `prompt` and `answer` over chains of `links` variables, asked at `depth` from 0."""
+    """`count` records of `prompt` and `answer` over chains of `links` values, asked at `depth` from 0."""
 
-    def __init__(self, depth: int, links: int = 3, letters: int = 26, count: int = 20_000, seed: int = 0) -> None:
-        assert 0 <= depth < links <= letters <= len(LETTERS)
-        self.depth, self.links, self.letters, self.count, self.seed = depth, links, letters, count, seed
+    def __init__(self, depth: int, links: int = 5, count: int = 20_000, seed: int = 0) -> None:
+        assert 0 <= depth < links
+        self.depth, self.links, self.count, self.seed = depth, links, count, seed
 
     def __len__(self) -> int:
         return self.count
@@ -25,10 +24,6 @@ class Chains:
     def __iter__(self) -> Iterator[dict[str, str]]:
         rng = random.Random(f"{self.seed}|{self.depth}")
         for _ in range(self.count):
-            names = rng.sample(LETTERS[: self.letters], self.links)
-            values = [rng.randrange(2) for _ in names]
-            clauses = [f"{names[0]}={values[0]}"]
-            for i in range(1, self.links):
-                clauses.append(f"{names[i]}={'+' if values[i] == values[i - 1] else '-'}{names[i - 1]}")
-            rng.shuffle(clauses)
-            yield {"prompt": f"{','.join(clauses)}:{names[self.depth]}=", "answer": str(values[self.depth])}
+            first, signs = rng.randrange(2), [rng.choice("+-") for _ in range(self.links - 1)]
+            answer = (first + signs[: self.depth].count("-")) % 2
+            yield {"prompt": f"{first}{''.join(signs)}:{self.depth}=", "answer": str(answer)}

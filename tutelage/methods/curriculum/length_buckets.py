@@ -3,8 +3,10 @@
 Paper:   Pouransari et al. 2024 (Dataset Decomposition), arXiv:2405.13226, and its public code
 Use:     `length` a power of two, the longest context; `shortest` the least context worth learning from (256 in the
     paper); `odds: grow_p2` with 8 `cycles`; more cycles where a long run begins to forget long contexts
-Works:   text; documents of varied lengths, many of them shorter than `length`; any causal or masked objective
-Costs:   nothing; short rows spend less on attention, so the same tokens take fewer operations, and no row is padded
+Works:   text; documents of varied lengths, many of them shorter than `length`; any causal or masked objective; `until`
+    in steps, tokens, epochs, minutes or FLOPs (there the cycles are reckoned from the first step's), not in rows
+Costs:   nothing; short rows spend less on attention, so the same tokens take fewer operations, and no row is padded;
+    `plan` reckons with whole rows and so tells too much; `engine.compile` compiles once a length
 With:    any mix: a source gives pieces of the drawn length in proportion to its share and to what it has of them, so
     that shares hold over a cycle, not in each step; `packing` means nothing to sources that are cut
 Differs: pieces have 2^k positions and share an edge token with the next, where the code takes 2^k + 1 tokens and the
