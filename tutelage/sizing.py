@@ -20,11 +20,11 @@ from torch import nn
 from tutelage.base.spec import Stage
 from tutelage.core import flops, memory, micro, quantized
 from tutelage.core.anatomy import Anatomy, anatomy
+from tutelage.core.device import autocast_of
 from tutelage.core.graph import Methods, Node
 from tutelage.core.out import CHUNK
 from tutelage.core.record import read_lines
 from tutelage.core.run import SMALL
-from tutelage.core.stage import autocast_of
 
 PEAK_SHARE = 0.3  # of the measured peak, what training gets where nothing better is known
 ALIKE = 0.1  # operations a position may differ by between stages of one shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +17,9 @@ from tutelage.base.errors import UserError
 from tutelage.base.links import stage_of
 from tutelage.base.method import Method
 from tutelage.base.spec import SourceSpec
-from tutelage.core import artifact, checkpoint, memory, micro, parts, randomness, shape, standing, steer
+from tutelage.core import artifact, checkpoint, micro, parts, randomness, shape, standing, steer
 from tutelage.core.anatomy import Anatomy, anatomy
+from tutelage.core.device import autocast_of, device_of
 from tutelage.core.engine import Engine
 from tutelage.core.graph import BUILTIN_PACKING, Methods, Node, methods_of
 from tutelage.core.measure import Evals, planned
@@ -121,34 +121,6 @@ class Run:
         return self.node.folder
 
 
-def machine(node: Node, world: World) -> torch.device:
-    """Choose the device and set what the promise of same bits and the pace of a step need."""
-    engine = node.stage.engine
-    if engine.device is None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    else:
-        device = torch.device(engine.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"stages.{node.name}.engine.device: no CUDA device here; leave it out or write cpu")
-    memory.hold()
-    if device.type == "cuda" and engine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(engine.deterministic, warn_only=device.type == "cuda")
-    # Filling finds errors; it adds nothing to the promise. (The module is swapped for a class that has the property.)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if engine.threads:
-        torch.set_num_threads(engine.threads)
-    return device
-
-
-def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
-    """bf16 only where the hardware has it: on a CPU without it, it is many times slower."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16":
-        return torch.bfloat16
-    return torch.bfloat16 if precision == "auto" and native else None
-
-
 @dataclass
 class Corpora:
     """Builds sources on demand, each once: own data, an ancestor's, or what is kept."""
@@ -217,7 +189,7 @@ class Opened:
 def opened(node: Node, *, world: World, say: Say, start: Any = None) -> Opened:
     """Open the start's model (or another `start`) with its tokenizer, on the device that the stage asks for."""
     stage, modality = node.stage, node.graph.modality
-    device = machine(node, world)
+    device = device_of(node)
     folder, config = start_of(node, start)
     processor = processor_of(node, folder, config, say=say)
     randomness.reseed(randomness.seed_of(node.seed, node.root, 0, "init"))
