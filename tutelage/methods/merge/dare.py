@@ -68,22 +68,22 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return abs(on["still"] - off["still"] - 0.64) < 0.02 and on["moved"] > 1.2 * off["moved"]
 
 
-# Changes about as small as it asks for. At 0.9 even `no effect` is a finding of the paper's: nine tenths are not needed.
+# Changes near what it asks for, none past 0.01. At 0.9 even `no effect` is a finding of its: nine tenths are not needed.
 BENCH = Bench(
     base="recipes/bench/merge.yaml",
     arm={
         "start": ["one", "code_light", "asked_light", "records_light"],
-        "apply": {"use": "merge/dare", "drop": 0.5, "scale": 0.7},
+        "apply": {"use": "merge/dare", "drop": 0.5, "scale": 1.0},
     },
     stage="merged",
     baseline={
         "start": ["one", "code_light", "asked_light", "records_light"],
-        "apply": {"use": "merge/task_arithmetic", "scale": 0.7},
+        "apply": {"use": "merge/task_arithmetic", "scale": 1.0},
     },
     metric="bits_per_byte",
     better="lower",
     margin=0.01,
-    tune={"apply.drop": [0.5, 0.9], "apply.scale": [0.5, 0.7, 1.0]},
-    tune_baseline={"apply.scale": [0.4, 0.5, 0.6, 0.7, 0.85, 1.0]},
+    tune={"apply.drop": [0.5, 0.9], "apply.scale": [0.7, 1.0, 1.5]},
+    tune_baseline={"apply.scale": [0.5, 0.7, 0.85, 1.0, 1.25, 1.5]},
     scale="LLaMA 7 B to 70 B, BERT and RoBERTa",
 )
