@@ -51,18 +51,18 @@ def effect(run: Seen) -> dict[str, float]:
 
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
-    """What is learned is of full rank, as no two subspaces hold it, with a fraction of the states."""
-    return on["rank"] > 0.9 * off["rank"] > 2 * Fira.on["rank"] and on["kept"] < 0.25 * off["kept"]
+    """What is learned is almost of full rank, as no two subspaces hold it, with a fraction of the states."""
+    return on["rank"] > 0.75 * off["rank"] > 2 * Fira.on["rank"] and on["kept"] < 0.25 * off["kept"]
 
 
-BENCH = Bench(
+BENCH = Bench(  # both residuals: the paper states one, and its tables come from the other
     base="recipes/bench/from-scratch.yaml",
     arm={"optim": {"use": "optim/fira", "rank": 32, "refresh": 50}, "engine": {"clip": None}},
     baseline={"optim": {"use": "optim/galore", "rank": 32, "refresh": 50}, "engine": {"clip": None}},
     metric="bits_per_byte/prose",
     better="lower",
     margin=0.02,
-    tune={"optim.lr": [3e-3, 1e-2, 3e-2]},
-    tune_baseline={"optim.lr": [3e-3, 1e-2, 3e-2]},
+    tune={"optim.residual": ["paper", "code"], "optim.lr": [3e-3, 1e-2, 3e-2]},
+    tune_baseline={"optim.lr": [2e-3, 3e-3, 6e-3, 1e-2, 2e-2, 3e-2]},
     scale="60 M to 7 B parameters, 1.1 to 19.7 B tokens of C4",
 )
