@@ -64,6 +64,14 @@ def test_ranks_go_to_the_layers_whose_inputs_they_explain_and_their_sum_stays():
     assert set(even.state["ranks"].values()) == {4}
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_additions_of_all_ranks_have_the_same_factor(rslora):
+    _, found, method, _ = seen("llama", rslora=rslora)
+    assert len(set(method.state["ranks"].values())) > 1
+    factors = {wrapper.scaling["default"] for wrapper in found.values()}
+    assert all(factor == pytest.approx(16 / (2 if rslora else 4)) for factor in factors)
+
+
 def test_a_resumed_stage_wraps_the_same_from_its_state_alone():
     _, found, method, _ = seen("llama")
     again = registry.make({"use": "param/eva", "r": 4})

@@ -27,8 +27,11 @@ def gradients(shape, steps=8, dtype=torch.float64):
     return [size * (left @ right.T + 2 * each) for size, each in zip(grown, noise, strict=True)]
 
 
-def papers(kind, shape, grads, *, decay=0.0, limit=1.01, inside=1.0):
-    """The change of a weight that began at 1, by the papers' formulas. They are written for m ≤ n: others are turned."""
+def papers(kind, shape, grads, *, decay=0.0, limit=1.01, code=False):
+    """The change of a weight that began at 1, by the papers' formulas. They are written for m ≤ n: others are turned.
+
+    Fira's is its algorithm 1, G̃ = α (P N + S); with `code` what its authors' code makes of it.
+    """
     turned = shape[0] >= shape[1]
     weight = torch.ones(shape, dtype=torch.float64)
     m = v = before = None
@@ -44,13 +47,13 @@ def papers(kind, shape, grads, *, decay=0.0, limit=1.01, inside=1.0):
         update = SCALE * p @ n
         if kind == "fira":
             phi = torch.stack([n[:, j].norm() / r[:, j].norm() for j in range(r.shape[1])])
-            s = (g - inside * p @ r) * phi
-            # the authors limit the growth before bias correction, the same in both norms
-            corrected = math.sqrt(1 - BETAS[1] ** t) / (1 - BETAS[0] ** t)
+            s = (g - (SCALE if code else 1.0) * p @ r) * phi
+            # the code limits the growth before bias correction
+            corrected = math.sqrt(1 - BETAS[1] ** t) / (1 - BETAS[0] ** t) if code else 1.0
             if before is not None and s.norm() / corrected > limit * before:
                 s = s / s.norm() * limit * before * corrected
             before = s.norm() / corrected
-            update = update + s
+            update = update + (s if code else SCALE * s)
         weight = (weight - RATE * (update.T if turned else update)) * (1 - RATE * decay)
     return weight
 
@@ -75,22 +78,28 @@ def test_the_update_is_the_papers_formula(use, shape):
     assert (found - 1).abs().max() > 1e-2
 
 
-def test_firas_other_residual_is_what_the_authors_code_leaves():
-    shape = SHAPES[0]
+@pytest.mark.parametrize("shape", SHAPES)
+def test_firas_other_residual_is_what_the_authors_code_leaves(shape):
     grads = gradients(shape)
     found, _ = ours("fira", shape, grads, residual="code")
-    torch.testing.assert_close(found, papers("fira", shape, grads, inside=SCALE), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, papers("fira", shape, grads, code=True), rtol=0, atol=2e-5)
     assert (found - ours("fira", shape, grads)[0]).abs().max() > 1e-2
 
 
+def test_scale_is_firas_rate_as_its_algorithm_has_it():
+    grads = gradients(SHAPES[0])
+    whole, half = (ours("fira", SHAPES[0], grads, scale=scale)[0] - 1 for scale in (0.5, 0.25))
+    torch.testing.assert_close(whole, 2 * half)
+
+
 def test_firas_limiter_holds_the_growth_of_the_residual():
-    shape, norms = SHAPES[0], []
-    for steps in range(1, 9):
-        norms.append(float(ours("fira", shape, gradients(shape)[:steps])[1]["norm"]))
-    growth = [after / before for before, after in pairwise(norms)]
-    assert max(growth) == pytest.approx(1.01, rel=1e-6)
-    free = float(ours("fira", shape, gradients(shape)[:3], limit=1e9)[1]["norm"])
-    assert free > 1.01 * norms[2]
+    def growth(**more):
+        grads = gradients(SHAPES[0])
+        norms = [float(ours("fira", SHAPES[0], grads[:n], **more)[1]["norm"]) for n in range(1, 9)]
+        return max(after / before for before, after in pairwise(norms))
+
+    assert [growth(), growth(residual="code")] == pytest.approx([1.01, 1.01], rel=1e-6)
+    assert growth(limit=1e9) > 1.1 and growth(limit=1e9, residual="code") > 1.1
 
 
 def test_only_matrices_in_blocks_are_projected_and_what_is_kept_follows_the_formula():

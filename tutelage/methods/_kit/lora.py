@@ -47,8 +47,8 @@ class Additions(Method):
 
     def scaled(self, name: str) -> float:
         """A layer's alpha: the same factor on all additions, whatever their ranks."""
-        rank = self.rank(name)
-        return self.alpha if rank == self.r else self.alpha * rank / self.r
+        share = self.rank(name) / self.r
+        return self.alpha if share == 1 else self.alpha * (share**0.5 if self.rslora else share)
 
     def chosen(self, anatomy: Any) -> set[str]:
         """Names of the layers to wrap."""

@@ -97,10 +97,15 @@ class _Projected(torch.optim.Optimizer):
         mean = state["low_avg"].mul_(first).add_(low, alpha=1 - first)
         square = state["low_avg_sq"].mul_(second).addcmul_(low, low, value=1 - second)
         update_MN = s.update(grad_MN, low, mean / square.sqrt().add_(s.eps), state)
-        size = group["lr"] * math.sqrt(1 - second ** (done + 1)) / (1 - first ** (done + 1))
-        p.add_(update_MN.to(p.dtype), alpha=-size)
+        p.add_(update_MN.to(p.dtype), alpha=-corrected(group["lr"], done + 1, s.betas))
         if group["weight_decay"]:
             p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+
+
+def corrected(rate: float, steps: int, betas: tuple[float, float]) -> float:
+    """A rate times what Adam's step needs because both of its means began at 0."""
+    first, second = betas
+    return rate * math.sqrt(1 - second**steps) / (1 - first**steps)
 
 
 def from_right(shape: torch.Size) -> bool:

@@ -4,7 +4,8 @@ Of each weight's change, the first ⌈eRank⌉ singular values stay and the rest
 exponential of the entropy of the normalized singular values (Roy and Vetterli 2007). The stage reports it, weight by weight.
 
 Paper:   Wu et al. 2025 (Timber), arXiv:2509.23595
-Use:     `start: [base, tuned]`; gamma 0.2, or 0 as in the authors' example; 1 gives the tuned model back
+Use:     `start: [base, tuned]`; gamma 0.2, with which the authors evaluate Llama, or 0 as in their example; 1 gives the
+         tuned model back
 Works:   a model tuned from the base, of one shape
 Costs:   one singular value decomposition in float64 of each matrix; no training, no data
 With:    align/sft before it; merge/task_arithmetic with a scale below 1 reverts all directions alike

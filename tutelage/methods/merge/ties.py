@@ -5,7 +5,8 @@ Use:     `start: [base, one, two]`; density 0.2, scale 1
 Works:   models trained from one base, of one shape
 Costs:   one sort per tensor and model; no training, no data
 With:    reduces to merge/task_arithmetic at density 1 where all signs agree, but for the average
-Differs: trims each tensor by itself, as mergekit does; the paper's code trims over the whole model
+Differs: trims each tensor by itself, as mergekit does, where the paper's code trims over the whole model; weights for single
+         models beside the paper's one scale; entries that cancel count as positive, not as most others of the model
 """
 
 from __future__ import annotations

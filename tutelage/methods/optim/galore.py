@@ -7,8 +7,9 @@ Works:   any model with matrices in blocks (GPT-2's transposed ones too); expert
 Costs:   r·min + 2·r·max numbers for a matrix where AdamW keeps 2·min·max; a singular value decomposition every `refresh`
          steps, on a CPU as long as a few steps
 With:    `engine: {clip: null, fused_backward: true}` is the paper's per-layer update: no gradients in memory
-Differs: states are not held in 8 bits; AdamW of the rest is torch's, whose weights decay before the update and whose
-         epsilon comes after bias correction
+Differs: states are not held in 8 bits; epsilon is 1e-6 and comes before bias correction, and a square matrix is projected
+         from its right, as in the authors' code (the paper: 1e-8, after it, from the left). AdamW of the rest is torch's,
+         whose weights decay before the update and whose epsilon comes after bias correction
 """
 
 from __future__ import annotations

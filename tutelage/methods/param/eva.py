@@ -1,12 +1,15 @@
 """EVA: LoRA that begins with the directions in which a layer's inputs vary most, and has its ranks where they vary.
 
 Paper:   Paischer et al. 2024, arXiv:2410.07170
-Use:     as `param/lora`; rho 1 to 3 (1 leaves every layer at r), tau 0.99; passages of a few thousand tokens
+Use:     as `param/lora`; rho 1 (every layer at r) or 2, between which the paper chooses (beyond 2 little changes), tau 0.99;
+         passages of a few thousand tokens
 Works:   any model with linear layers whose inputs are at least 2·rho·r wide
 Costs:   LoRA's, and before training some passes without gradients over `passages`, until the directions settle
 With:    PEFT's implementation computes them; `adapter/` beside the model loads with PeftModel, its ranks included
-Differs: incremental principal components, so inputs are centered, as in PEFT (the authors'); wraps every linear layer of
-         the blocks by default
+Differs: alpha is 16 by default, as LoRA's, where the paper sets 1; wraps the linear layers of the blocks by default, where
+         the paper wraps the head too. As in PEFT (the authors'): inputs are centered, a direction counts by its share of
+         all the variance of its layer's inputs (formula 6 divides by the sum of the singular values found), only what a
+         layer's rank needs must settle, and positions that the loss leaves out do not count
 """
 
 from __future__ import annotations
@@ -148,5 +151,5 @@ BENCH = Bench(
     margin=0.01,
     tune={"optim.lr": [3e-3, 1e-2, 3e-2]},
     tune_baseline={"optim.lr": [3e-3, 1e-2, 3e-2]},
-    scale="86 M to 9 B parameters; language, vision and control",
+    scale="12 M to 70 B parameters; language, vision and control",
 )
