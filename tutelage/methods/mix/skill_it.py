@@ -124,11 +124,11 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
 
 BENCH = Bench(
     base="recipes/bench/chains.yaml",
-    arm={"mix": {"use": "mix/skill_it", "pilot": 60}},
+    arm={"mix": {"use": "mix/skill_it"}},
     metric="bits_per_byte",
     better="lower",
     margin=0.02,
     tune={"mix.eta": [0.5, 2.0, 8.0]},
-    tune_baseline={"optim.lr": [5e-4, 1e-3, 2e-3]},
+    tune_baseline={"optim.lr": [1e-3, 2e-3, 4e-3]},
     scale="125 M to 3 B parameters; LEGO in 5 skills, 6,000 steps",
 )
