@@ -1,14 +1,18 @@
 """Chains of values, a skill for each depth at which one is asked: LEGO (Zhang et al. 2022, arXiv:2206.04301) unrolled.
 
-`1-+--:3=` begins with 1, and each sign says whether the next value is the same or the other one; the value at depth 3
-is asked, and the answer is `0`. Each depth takes the one before it, so the skills have an order. Chance is one bit an
-answer. LEGO's clauses name variables and stand in any order, of which a model of this size learned little in 750 steps.
+`7kbxs:2=` begins with an odd number, so with 1; a letter of the alphabet's first half keeps the value, one of its second
+half turns it over. The value at depth 2 is asked: k and b keep it, and the answer is `1`. Each depth takes the one before
+it and all its letters, so the skills have an order. There are 4.5 million chains of 5 values: what is held out was not
+learned by heart. Chance is one bit an answer. LEGO's clauses name variables and stand in any order, of which a model of
+this size learned little in 750 steps.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Chains:
@@ -24,6 +28,6 @@ class Chains:
     def __iter__(self) -> Iterator[dict[str, str]]:
         rng = random.Random(f"{self.seed}|{self.depth}")
         for _ in range(self.count):
-            first, signs = rng.randrange(2), [rng.choice("+-") for _ in range(self.links - 1)]
-            answer = (first + signs[: self.depth].count("-")) % 2
-            yield {"prompt": f"{first}{''.join(signs)}:{self.depth}=", "answer": str(answer)}
+            first, turns = rng.randrange(10), [rng.choice(LETTERS) for _ in range(self.links - 1)]
+            answer = (first + sum(letter > "m" for letter in turns[: self.depth])) % 2
+            yield {"prompt": f"{first}{''.join(turns)}:{self.depth}=", "answer": str(answer)}

@@ -20,7 +20,8 @@ class Sentences:
     """`count` records of `text` and `tag`: the bits of the sentence's grammar, `?` for those beyond `told`.
 
     The same `grammar` gives the same rules, the same `seed` the same sentences of them. `measured: [a, b]` masks all of
-    a held-out text but its bytes a … b: what is predicted from a context of that length.
+    a held-out text but its bytes a … b: what is predicted from a context of that length. `said` writes the tag and a
+    space before the text; the same bytes are measured then.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Sentences:
         told: int | None = None,
         grammar: int = 0,
         measured: tuple[int, int] | None = None,
+        said: bool = False,
     ) -> None:
         assert depth >= 1
-        self.count, self.seed, self.depth, self.measured = count, seed, depth, measured
+        self.count, self.seed, self.depth, self.measured, self.said = count, seed, depth, measured, said
         self.told = depth if told is None else told
         rng = random.Random(f"rules {grammar}")
         self.levels = [rules(rng) for _ in range(depth)]
@@ -47,9 +49,10 @@ class Sentences:
             for level, bit in zip(self.levels, bits, strict=True):
                 symbols = [child for symbol in symbols for child in rng.choice(level[bit][symbol])]
             tag = "".join(map(str, bits[: self.told])).ljust(self.depth, "?")
-            record: dict[str, Any] = {"text": "".join(LETTERS[symbol] for symbol in symbols), "tag": tag}
+            before = f"{tag} " if self.said else ""
+            record: dict[str, Any] = {"text": before + "".join(LETTERS[symbol] for symbol in symbols), "tag": tag}
             if self.measured is not None:
-                first, last = self.measured
+                first, last = (len(before) + place for place in self.measured)
                 record["mask"] = [[0, first], [last, FAR]]
             yield record
 

@@ -62,6 +62,14 @@ def test_all_but_the_measured_bytes_are_masked():
     assert "mask" not in next(iter(Sentences(1)))
 
 
+def test_a_tag_that_is_said_moves_what_is_measured_along():
+    plain, said = (next(iter(Sentences(1, measured=(1, 200), said=said))) for said in (False, True))
+    assert said["text"] == f"{plain['tag']} {plain['text']}"
+    (_, first), (last, _) = said["mask"]
+    (_, a), (b, _) = plain["mask"]
+    assert said["text"][first:last] == plain["text"][a:b]
+
+
 def test_a_copy_is_its_passage_but_for_a_few_words_its_ends_and_a_line():
     words = [f"word{i}" for i in range(400)]
     text = " ".join(words)

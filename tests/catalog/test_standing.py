@@ -155,8 +155,8 @@ def test_a_row_is_shown_whole_with_what_was_measured(tmp_path: Path) -> None:
     for part in (
         "## 60. Stacking Your Transformers", "study · grow · text · arXiv:2405.15319 · **effect seen**",
         f"- **What the software must do**: {rows.row(60).mechanism}", f"- **Claim**: {rows.row(60).claim}",
-        "`grow/stack`: Depthwise stacking; **effect seen**: bits_per_byte/a (lower is better) -0.5040 [", "5 seeds",
-        "at 1.10 M parameters and 1.20 M tokens (7 B); `tutelage bench grow/stack`",
+        "`grow/stack`: Growth operators in depth and width; **effect seen**: bits_per_byte/a (lower is better) -0.5040 [",
+        "5 seeds", "at 1.10 M parameters and 1.20 M tokens (7 B); `tutelage bench grow/stack`",
     ):  # fmt: skip
         assert part in text
 

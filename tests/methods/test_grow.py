@@ -74,8 +74,8 @@ def test_noise_on_how_copies_are_read_leaves_the_function(name, tmp_path):
 
 
 def test_copies_read_equally_stay_equal_in_training_and_copies_read_unequally_part(tmp_path):
-    def spread(noise):
-        larger = grown(tiny("llama"), tmp_path, width=2, noise=noise).train()
+    def spread(**settings):
+        larger = grown(tiny("llama"), tmp_path, width=2, **settings).train()
         optimizer = torch.optim.SGD(larger.parameters(), lr=0.1)
         ids = tokens("llama")["input_ids"]
         for _ in range(3):
@@ -85,7 +85,8 @@ def test_copies_read_equally_stay_equal_in_training_and_copies_read_unequally_pa
         up = larger.model.layers[0].mlp.up_proj.weight.detach()
         return float((up[:48] - up[48:]).abs().max())
 
-    assert spread(0.0) < 1e-6 < 1e-4 < spread(0.3)
+    assert spread(noise=0.0) < 1e-6 < 1e-4 < spread(noise=0.3)
+    assert spread(use="grow/stack", times=1) > 3e-5, "its copies in width are split unevenly, as the paper's are"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert"])
@@ -112,12 +113,14 @@ def test_added_outputs_are_the_next_blocks_where_the_knowledge_is_advanced(name,
     assert apart(model, larger, name) > 1e-3
 
 
-def test_depth_stacks_the_widened_blocks_again_from_the_first(tmp_path):
-    model = tiny("llama")
-    larger = grown(model, tmp_path, width=2, depth=1.5)
-    assert larger.config.num_hidden_layers == 3
-    for key, value in larger.model.layers[0].state_dict().items():
-        assert torch.equal(value, larger.model.layers[2].state_dict()[key])
+def test_depth_stacks_the_widened_blocks_whole_and_the_last_ones_on_top(tmp_path):
+    larger = grown(tiny("llama"), tmp_path, width=2, depth=2.5)
+    assert larger.config.num_hidden_layers == 5
+    for place, i in enumerate([0, 1, 0, 1]):
+        for key, value in larger.model.layers[i].state_dict().items():
+            assert torch.equal(value, larger.model.layers[place].state_dict()[key])
+    for key, value in larger.model.layers[1].state_dict().items():
+        assert torch.equal(value, larger.model.layers[4].state_dict()[key])
 
 
 def test_a_width_that_copies_channels_unequally_is_refused_unless_asked_for(tmp_path):
@@ -212,6 +215,17 @@ def test_zero_in_width_is_refused_where_norms_subtract_a_mean(tmp_path):
 def test_copies_in_width_leave_the_function(name, tmp_path):
     model = tiny(name)
     assert apart(model, grown(model, tmp_path, use="grow/stack", times=1, width=2), name) < 1e-5
+
+
+def test_copies_are_read_as_unequally_as_the_authors_script_has_them(tmp_path):
+    """A copy's share scatters by 1 / (√inputs · blocks) around 1/2; the two sum to 1."""
+    model = tiny("llama")
+    larger = grown(model, tmp_path, use="grow/stack", times=1, width=2)
+    up, old = larger.model.layers[0].mlp.up_proj.weight.detach(), model.model.layers[0].mlp.up_proj.weight.detach()
+    first, second = up[:48, :32] / old, up[:48, 32:] / old
+    torch.testing.assert_close(first + second, torch.ones_like(first))
+    wanted = 1 / (64**0.5 * 2)
+    assert abs(float(first.mean()) - 0.5) < 0.01 and 0.94 * wanted < float(first.std()) < 1.06 * wanted
 
 
 def test_random_weights_stand_beside_the_old_and_above_them(tmp_path):

@@ -98,7 +98,7 @@ def piloted() -> tuple[Any, SkillIt]:
     run: Any = SimpleNamespace(
         engine=view.engine,
         view=view,
-        node=SimpleNamespace(stage=SimpleNamespace(groups=[])),
+        node=SimpleNamespace(stage=SimpleNamespace(groups=[], engine=SimpleNamespace(fused_backward=False))),
         methods=SimpleNamespace(slots={"optim": AdamW(lr=1e-2)}),
     )
     view._try = partial(shape.tried, run)

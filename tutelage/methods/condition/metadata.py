@@ -2,7 +2,9 @@
 
 Paper:   Gao et al. 2025 (MeCo), arXiv:2501.01956; where it hurts: Higuchi et al. 2025, arXiv:2504.17562
 Use:     `form: "URL: {url.host}\\n\\n"` with the last 10 % plain, as in the paper; `share: 0.5` and `cooldown: 0step` for a
-    mixture instead of a cool-down, as in Higuchi et al., who find that what must be told from a short context gets worse
+    mixture instead of a cool-down, as in Higuchi et al., who find that what must be told from a short context gets
+    worse, from a long one better, and the mean loss no lower. Worth most where the prompt begins with it too (paper:
+    57.2 % of its tasks with a fitting URL, 56.7 % without, 55.7 % never conditioned; perplexity 13.3 against 13.2)
 Works:   causal models of text; metadata are fields of the records, the source's name, file and id. A prefix is encoded by
     itself, so the text's own tokens, its labels and all held-out measures are those of a stage without it
 Costs:   the prefix's positions, that much less text in as many tokens; once, reading all records (4 bytes a document)
@@ -128,13 +130,16 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return on["learned"] < 0.95 * off["learned"] and on["plain"] < 1.1 * off["plain"]
 
 
-BENCH = Bench(
-    base="recipes/bench/mixed-sources.yaml",
-    arm={"methods": [{"use": "condition/metadata", "form": "{source} {id}\n\n"}]},
-    metric="bits_per_byte",
+BENCH = Bench(  # the paper's conditional inference; its held-out loss without metadata is no lower, by its own Table 1
+    base="recipes/bench/told.yaml",
+    arm={
+        "methods": [{"use": "condition/metadata", "form": "{tag} "}],
+        "keep": {"asked": {"args": {"count": 400, "seed": 1, "measured": [1, 1000], "said": True}}},
+    },
+    metric="bits_per_byte/asked",
     better="lower",
     margin=0.01,
     tune={"optim.lr": [1e-3, 3e-3, 1e-2]},
     tune_baseline={"optim.lr": [1e-3, 3e-3, 1e-2]},
-    scale="claimed at 600 M to 8 B parameters, 160 B tokens: a third less data for the same mean of downstream tasks",
+    scale="600 M to 8 B parameters, 160 B tokens: downstream tasks 57.2 % told, 55.7 % never; a third less data untold",
 )

@@ -4,7 +4,7 @@ Paper:   Parmar et al. 2024, arXiv:2407.06380 (the fuzzy step of its pipeline); 
     Leskovec et al. 2014 (no arXiv numbers), by the library datasketch
 Use:     threshold 0.8 on stretches of 5 words drops reprints and edited copies, 0.5 also shared boilerplate; `unit:
     character` with width 12–24 for scripts without spaces. `drop: false` writes every document with its tags, so that
-    with and without are one stage. Name first the sources whose copy is to be kept
+    with and without are one stage. Name first the sources whose copy is to be kept: the older ones, as the paper found
 Works:   text of any form; a conversation counts as all that it says. What the stage holds out of a source is left out
 Costs:   every document is read twice; about 8 KB of memory a document (128 permutations), whatever its length; 1 ms of
     a CPU core for 1,000 words, on as many cores as `engine: {threads: …}` gives. Many copies of one text cost like one;

@@ -1,8 +1,9 @@
 """bert2BERT: a wider model whose units are copies of a trained one's, made so that it answers as that one did.
 
 Paper:   Chen et al. 2021 (bert2BERT), arXiv:2110.07143; the copies of Net2Net (Chen et al. 2015, arXiv:1511.05641)
-Use:     width 1.5 to 2 at once; `fpi` keeps the function, `aki` breaks its symmetry and learned faster in the paper. Equal
-         copies stay equal in training without dropout: with `fpi` set `noise` (0.1 to 0.5)
+Use:     width 1.5 to 2 at once; `fpi` keeps the function, `aki` breaks its symmetry and learned faster in the paper
+         (38 % of the operations saved, against 30 %, before its two-stage training). Equal copies stay equal in
+         training without dropout: with `fpi` set `noise` (0.1 to 0.5)
 Works:   transformers models with a rotary, learned or no position embedding and torch's attention: Llama, Qwen2,
          GPT-2, GPT-NeoX, BERT and their like, with tied heads and grouped queries; no experts, no encoder-decoder
 Costs:   one pass over the weights; to check a kept function, both models answer 8 tokens
@@ -34,7 +35,7 @@ from tutelage.methods._kit.widen import check, copies, expand, quieter, wider
 class Bert2Bert(Method):
     width: float = Field(2.0, ge=1, le=16, description="times as many channels, heads and neurons; 1 keeps the width")
     depth: float = Field(
-        1.0, ge=1, le=64, description="times as many blocks, stacked again from the first; 1 keeps them"
+        1.0, ge=1, le=64, description="times as many blocks, stacked whole, then the last ones once more; 1 keeps them"
     )
     new: Literal["fpi", "aki"] = Field(
         "fpi", description="what added outputs take: this layer's (`fpi`, keeps the function), the next one's (`aki`)"
@@ -97,7 +98,8 @@ class Bert2Bert(Method):
                 raise UserError(
                     f"{self.name()}: depth {self.depth:g} of {len(blocks)} blocks is {count:g}, no whole number"
                 )
-            order[prefix] = [i % len(blocks) for i in range(round(count))]
+            whole, rest = divmod(round(count), len(blocks))
+            order[prefix] = [*range(len(blocks))] * whole + [*range(len(blocks))][len(blocks) - rest :]
         return deeper(config, tensors, order, by=self.name())
 
 

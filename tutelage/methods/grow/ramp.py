@@ -5,10 +5,11 @@ Use:     `top` as many blocks as were added, over the first tenth of the stage
 Works:   decoders with torch's attention, whose blocks add to a stream (Llama, GPT-2, GPT-NeoX and their like)
 Costs:   one more copy of the weights that fade in
 With:    grow/stack with `new: random` in the stage before
-Differs: the paper blends a block's output with its input; here the layers that write to the residual stream are scaled,
-         which is the same for the last of them, while a block's second layer reads what the first has faded in. The
-         optimizer steps on the scaled weights, and its step is taken whole by the weights behind them, as it is where an
-         optimizer's step does not depend on the gradient's size (Adam); decay falls on the scaled ones. No mask by width
+Differs: what attention and neurons add to the stream is masked, as Du et al. define it (equations 34 to 36); their code
+         blends each new block's output with its input, so that neurons read attention unmasked. The mask lies in the
+         weights that write; it rises evenly, as in their code. The optimizer steps on the scaled weights, and its step is
+         taken whole by the weights behind them, as it is where an optimizer's step does not depend on the gradient's
+         size (Adam); decay falls on the scaled ones. No mask by width
 """
 
 from __future__ import annotations

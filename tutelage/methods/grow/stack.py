@@ -1,17 +1,19 @@
 """Growth operators in depth and width: copies stacked upon each other, new weights at zero, or new weights at random.
 
 Paper:   Du et al. 2024 (G_direct with G_stack, G_zero, G_random), arXiv:2405.15319; first Gong et al. 2019 (StackBERT)
-Use:     times 4 and copies (G_stack), as the paper found best by far; grow after about 10 B of 300 B tokens, and warm
-         the rate up anew; width and the other operators are there to compare with
+Use:     times 2 to 4 and copies (G_stack), the best of the paper's eight: at 1.1 B parameters 49 % faster than from
+         scratch, zero in depth 47 %, random in depth 26 % slower, all four in width slower. Grow after about 10 B of
+         300 B tokens, from more than one block (one grew worse than scratch), and warm the rate up anew
 Works:   copies in depth: any transformers model whose blocks are a numbered list, both stacks of an encoder-decoder one;
          the rest: decoders with torch's attention (zero in width: with RMSNorm, like Llama)
 Costs:   one pass over the weights; stacked copies and random weights make the loss jump, zero and copied width do not
 With:    schedule/rewarm in the stage that follows; grow/ramp for the paper's mask over random weights
 Differs: stacks the model as it is when its stage ends; when to grow, which the paper fits a law to, is the recipe's.
-         G_learn (LiGO) is not here. In width the authors' code for zero copies a norm's scale as it is and leaves new
-         channels a scale of zero, so that the function changes and they never learn; here the old scales shrink by
-         the root of the growth and eps with its square, which keeps the function, and new channels start at one.
-         Copies in width are drawn evenly, the authors' at random
+         G_learn (LiGO) is not here. In width, zero follows the paper's equations (old scales of norms shrink by the
+         root of the growth), not its code, which leaves new channels a scale of zero; they start at one here, and eps
+         shrinks too, so that the function stays. Copies are drawn evenly, the authors' at random, so that norms see
+         what they saw and keep their scales, which the paper shrinks; how unequally copies are read is LEMON's measure
+         in the authors' script. Random weights are not masked by width
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
-from tutelage.core.types import Layout
+from tutelage.core.types import Axis, Layout
 from tutelage.methods._kit.blocks import BLOCK, deeper, stacks_of
 from tutelage.methods._kit.widen import Copies, along, check, copies, expand, quieter, wider, writers_of
 
@@ -83,8 +85,12 @@ class Stack(Method):
             check(name, small, large, by=self.name())
         copied = copies(small, large, view.rng("copies"))
         if self.new == "copies":
-            pairs = {name: (small.axes[name], large.axes[name]) for name in tensors}
-            grown = {name: expand(t, *pairs[name], copied) for name, t in tensors.items()}
+            blocks = max(map(len, stacks_of(config, tensors, by=self.name()).values())) * self.times
+            rng, grown = view.rng("shares"), {}
+            for name in sorted(tensors):
+                axes = large.axes[name]
+                noise = unequally(axes, times=self.width, blocks=blocks)
+                grown[name] = expand(tensors[name], small.axes[name], axes, copied, noise=noise, rng=rng)
             quieter(grown, small, large, copied, by=self.name())
             return wide, grown
         shrink = 1.0
@@ -134,6 +140,15 @@ class Stack(Method):
         if self.new == "zero":
             new = torch.where(written & ~read, 0.0, new).to(wide.dtype)
         return torch.where(written | read, new, wide)
+
+
+def unequally(axes: tuple[Axis, ...], *, times: int, blocks: int) -> float:
+    """The `noise` of `expand` at which a copy's share scatters by LEMON's measure, 1 / (√inputs · blocks).
+
+    It is enough to part copies in training; equal ones without dropout would stay equal.
+    """
+    inputs = max((len(axis.unit_N) for axis in axes if axis.space and axis.read), default=0)
+    return float(times / (1 - 1 / times) ** 0.5 / (inputs**0.5 * blocks)) if inputs else 0.0
 
 
 def fresh(like: Tensor, *, norm: bool, std: float, rng: torch.Generator) -> Tensor:
