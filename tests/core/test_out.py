@@ -46,7 +46,7 @@ def test_chunked_logits_are_the_models_own(name, tied):
     whole = model(**inputs).logits.flatten(0, 1)
     out = called(model, inputs)
     ((one,),) = out.chunks()
-    assert torch.equal(one, whole)
+    assert (one - whole).abs().max() <= 2e-6  # the same kernel on most processors, but not on all
     many = [logits for (logits,) in out.chunks(budget=FEW)]
     assert len(many) > 4
     assert (torch.cat(many) - whole).abs().max() <= 1e-5

@@ -256,7 +256,7 @@ def test_what_is_frozen_stays_to_the_bit_and_groups_have_their_own(
         seen["dropout"] = {n: m.p for n, m in built.engine.model.named_modules() if isinstance(m, torch.nn.Dropout)}
         train(built)
 
-    monkeypatch.setattr("tutelage.core.execute.train", looked)
+    monkeypatch.setattr("tutelage.core.run.train", looked)
 
     def parts(recipe: dict[str, Any]) -> None:
         one, two = recipe["stages"]["one"], recipe["stages"]["two"]

@@ -25,7 +25,7 @@ def ways(on: list[dict[str, Any]]) -> Any:
     def change(recipe: dict[str, Any]) -> None:
         stages = recipe["stages"]
         two = stages["two"]
-        two["evals"] = {**two["evals"], "every": "2step"}
+        two["evals"] = {**two["evals"], "every": "2step", "budget": "1000000%"}  # a budget that no machine reaches
         two["save"] = {"every": "2step", "keep": 9}
         plain = {**two, "start": "two", "until": "2step"}
         small = {"engine": {"device": "cpu"}, "evals": stages["one"]["evals"]}

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.awaited import awaited
 from tests.steering.beside import Beside
 from tests.toy import numbers
 from tutelage import steering
@@ -185,7 +186,7 @@ def test_an_agent_steers_a_live_run_over_stdio(stage: Beside) -> None:
             await tries(client, stage)
             await waits(client, stage)
 
-    asyncio.run(visit())
+    awaited(visit())
     rates = [row["lr"] for row in numbers(stage.finish(), kind="train")]
     assert rates == pytest.approx([1e-2] * 3 + [5e-3] * 17)
 
@@ -196,7 +197,7 @@ def test_an_agent_steers_a_live_run_over_http(stage: Beside, http: Http) -> None
             await steers(client, stage)
             await waits(client, stage)
 
-    asyncio.run(visit())
+    awaited(visit())
 
 
 def test_a_person_s_token_makes_nobody_a_person(stage: Beside, http: Http) -> None:
@@ -211,7 +212,7 @@ def test_a_person_s_token_makes_nobody_a_person(stage: Beside, http: Http) -> No
             assert "only a person" in await wrong(client, "act", stage="toy", do=[{"do": "lock"}], why="I may")
             await caller(client)("act", stage="toy", do=HALVED, why="then this")
 
-    asyncio.run(visit())
+    awaited(visit())
     assert {(e["by"], e["actor"]) for e in steering.log(stage.folder) if e["by"] != "recipe"} == {("ada", "agent")}
 
 
@@ -226,7 +227,7 @@ def test_a_token_of_scope_read_reads_and_does_nothing_else(stage: Beside, http: 
         async with by_http(http, http.tokens["steer"]) as client:
             assert "needs scope admin" in await wrong(client, "branch", stage="toy", name="x", why="?", run="beside")
 
-    asyncio.run(visit())
+    awaited(visit())
     assert not list((stage.folder / "requests").glob("*.json"))
 
 
@@ -255,7 +256,7 @@ def test_what_an_agent_gets_wrong_is_one_line(stage: Beside) -> None:
                 "has no request" in (await caller(client)("wait_for_answer", stage="toy", id="none", wait=0))["error"]
             )
 
-    asyncio.run(visit())
+    awaited(visit())
 
 
 def test_every_tool_says_what_it_does_and_what_its_fields_are(tmp_path: Path) -> None:
@@ -272,4 +273,4 @@ def test_every_tool_says_what_it_does_and_what_its_fields_are(tmp_path: Path) ->
                         name,
                     )
 
-    asyncio.run(visit())
+    awaited(visit())

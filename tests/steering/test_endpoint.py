@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.awaited import awaited
 from tests.steering.beside import Beside
 from tests.toy import numbers
 from tutelage import agent, steering
@@ -162,7 +162,7 @@ def asked(endpoint: str, **more: Any) -> str:
         async with httpx.AsyncClient(timeout=None, trust_env=False) as client:
             return await ask(client, settings, {"model": "m", "messages": []})
 
-    return asyncio.run(once())
+    return awaited(once())
 
 
 def dribble(question: dict[str, Any], handler: BaseHTTPRequestHandler) -> None:
@@ -213,7 +213,7 @@ def test_a_dead_endpoint_is_one_line() -> None:
 
 
 def beside(stage: Beside, url: str, *, say: Callable[[str], None] = lambda said: None, **more: Any) -> int:
-    return asyncio.run(follow(stage.folder, Settings(url, "m", **{"every": 1, **more}), say=say))
+    return awaited(follow(stage.folder, Settings(url, "m", **{"every": 1, **more}), say=say))
 
 
 def test_what_a_model_asks_for_is_done_and_it_is_told_what_came_of_it(
@@ -340,4 +340,4 @@ def test_an_endpoint_that_knows_no_schemas_is_asked_without(
                 await ask(client, settings, question)
             return await ask(client, settings, body(stage.folder, settings))
 
-    assert parse(read_reply(asyncio.run(twice()), may=agent.MAY).do[0], place="").do == "scale"
+    assert parse(read_reply(awaited(twice()), may=agent.MAY).do[0], place="").do == "scale"
