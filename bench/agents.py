@@ -5,14 +5,14 @@ behind a real OpenAI-compatible endpoint on loopback, NOT language models: they 
 how well a model steers. What steering costs a step is measured by bench/overhead.py. Two regimes:
 
 too hot     A rate thirty times too high. All that there is to see is the loss, which a controller sees as well.
-undecoded   From step 40 on a third of every batch is prose that somebody forgot to decode (base64 of compressed text, 6 bits per
-            byte for any model). Chosen before any arm was compared, because one loss over all sources cannot say which of
-            them is to blame, and the description that every endpoint gets can: it has held-out bits per source. The
-            controllers of the rate stand as in the first regime. So that it is not one more lever that wins,
+undecoded   From step 40 on a third of every batch is prose that somebody forgot to decode (base64 of compressed text, 6 bits for
+            a byte that cannot be foretold). Chosen before any arm was compared, because one loss over all sources cannot say
+            which of them is to blame, and the description that every endpoint gets can: it has held-out bits per source.
+            The controllers of the rate stand as in the first regime. So that it is not one more lever that wins,
             steer/forgetting_budget gets one on the mixture (replay of prose and code, in all arms at 5 %, otherwise with its
             defaults), and measure and bound of the agent's rule: bits per byte, the worst column above 5. That bound needs
-            no trial: an untrained model has 11 bits for a token of about three bytes, and such a delivery never less
-            than 6 bits for one. Nothing was tuned in any arm.
+            no trial: an untrained model has 11 bits for a token of about three bytes, and such a delivery about 6
+            bits for one byte, once learned. Nothing was tuned in any arm.
 
 Appends to bench/results/agents.json. Run from the repository's root: python -m bench.agents --regime undecoded
 """

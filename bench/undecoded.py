@@ -15,7 +15,7 @@ DELIVERY = Path("runs/agents/delivery.jsonl")  # as recipes/steer/undecoded.yaml
 
 
 def undecoded(count: int) -> Iterator[dict[str, str]]:
-    """The first passages of the standard library's prose, compressed, in base64: 6 bits per byte, whatever the model."""
+    """The first passages of the standard library's prose, compressed, in base64: about 6 bits per byte at best."""
     for passage in islice(passages(), count):
         yield {"text": base64.b64encode(zlib.compress(passage.encode(), 9)).decode("ascii")}
 
