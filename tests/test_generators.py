@@ -1,9 +1,14 @@
 """The records that benches make up are the same for the same seed, and are what they say."""
 
+import base64
+import json
 import random
+import zlib
+from collections import Counter
 from itertools import islice
+from math import log2
 
-from bench import duplicated, grammars
+from bench import duplicated, grammars, undecoded
 from bench.grammars import LETTERS, Sentences
 
 
@@ -91,3 +96,17 @@ def test_some_passages_stand_there_often_and_most_once(monkeypatch):
     assert counts[150] == 1 and 10 < counts[-1] <= 61
     assert records == list(duplicated.Copied()) != list(duplicated.Copied(seed=1))
     assert len([r for r in islice(duplicated.Copied(10), 1000) if not r["copy"]]) == 10
+
+
+def test_what_was_not_decoded_says_nothing_of_its_next_letter(monkeypatch, tmp_path):
+    rng = random.Random(0)
+    said = ["".join(rng.choice("etaoin shrdlu") for _ in range(1500)) for _ in range(40)]
+    monkeypatch.setattr(undecoded, "passages", lambda: iter(said))
+    texts = [record["text"] for record in undecoded.undecoded(30)]
+    assert [zlib.decompress(base64.b64decode(text)).decode() for text in texts] == said[:30]
+    counts = Counter("".join(texts))
+    whole = sum(counts.values())
+    assert 5.9 < -sum(n / whole * log2(n / whole) for n in counts.values()) <= 6.01
+    undecoded.write(tmp_path / "made" / "delivery.jsonl", count=30)
+    lines = (tmp_path / "made" / "delivery.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == texts

@@ -130,7 +130,10 @@ def description(folder: Path, settings: Settings) -> dict[str, Any]:
     return {
         "goal": settings.goal,
         "stage": steering.name_of(folder),
-        **{key: now.get(key) for key in ("state", "tick", "step", "total", "frac", "mix", "alerts", "locked")},
+        **{
+            key: now.get(key)
+            for key in ("state", "tick", "step", "total", "frac", "mix", "sources", "alerts", "locked")
+        },
         "values": [{k: t.get(k) for k in ("path", "now", "used", "low", "high", "says")} for t in now["targets"][:40]],
         "saves": [save["tick"] for save in now["saves"]][-10:],
         "rules": (now["rules"] or {}).get("agent"),

@@ -237,6 +237,7 @@ def test_what_a_model_asks_for_is_done_and_it_is_told_what_came_of_it(
     assert (entry["actor"], entry["state"], entry["why"], entry["tick"]) == ("agent", "applied", "too hot", 3)
     told = json.loads(endpoint.asked[1]["messages"][1]["content"])
     assert told["yours"][0]["state"] == "applied" and told["step"] == 5
+    assert told["sources"] == ["a"] and told["mix"] is None
     assert told["whole run"][0]["loss"] > 0 and told["measured"][0]["bits_per_byte/a"] > 0
 
 
