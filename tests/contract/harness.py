@@ -33,6 +33,7 @@ from tutelage.core.run import run_graph
 from tutelage.modalities.text import toy
 
 CUT = 7  # an odd step, between the saves after 4 and 8
+BLIND = frozenset({"weights", "source", "act", "factor", "batch", "measured", "rewrite"})
 Entry = dict[str, Any]
 
 
@@ -87,6 +88,11 @@ class Case:
             place(self, stages)
         stages[self.last].update(self.stage)
         return recipe
+
+
+def toys_of(cls: type[Method]) -> tuple[str, ...]:
+    """The models that a method is tried on: one is enough for a method that never sees its model."""
+    return cls.toys if set(cls.hooks()) - BLIND else cls.toys[:1]
 
 
 def kind_of(cls: type[Method]) -> str:

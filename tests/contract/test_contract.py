@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tests.contract.harness import Case, Outcome, Shelf, kind_of, off, on, without
+from tests.contract.harness import Case, Outcome, Shelf, kind_of, off, on, toys_of, without
 from tutelage.base import card, load, registry
 from tutelage.base.errors import UserError
 from tutelage.core.graph import methods_of
@@ -18,7 +18,7 @@ from tutelage.core.graph import methods_of
 NAMES = registry.names()
 WITH_OFF = [name for name in NAMES if registry.find(name).off is not None]
 WITHOUT_OFF = [name for name in NAMES if registry.find(name).off is None]
-ON_TOYS = [(name, toy) for name in NAMES for toy in registry.find(name).toys]
+ON_TOYS = [(name, toy) for name in NAMES for toy in toys_of(registry.find(name))]
 STEP_SHARE = 0.1  # of all methods that may replace the whole step; more, and the contract is wrong
 
 each = pytest.mark.parametrize("name", NAMES)
@@ -131,7 +131,7 @@ def test_its_mechanism_shows_and_only_when_it_is_on(name: str, shelf: Shelf) -> 
 @each
 def test_every_hook_is_called(name: str, shelf: Shelf) -> None:
     calls = {hook: 0 for hook in registry.find(name).hooks()}
-    for toy in registry.find(name).toys:
+    for toy in toys_of(registry.find(name)):
         for hook, count in shelf.outcome(on(name, model=toy)).seen["hooks"].items():
             calls[hook] += count
     assert [hook for hook, count in calls.items() if not count] == []

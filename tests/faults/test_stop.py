@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forked
 from tests.toy import graph, numbers
 from tutelage.base.errors import UserError
 from tutelage.core import artifact
@@ -30,12 +31,12 @@ def command(folder: Path, *extra: str) -> list[str]:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe long enough to be interrupted, and the digest of its whole run beside it."""
     folder = tmp_path_factory.mktemp("stop")
-    made = toy.recipe(folder / "data", steps=250)
+    made = toy.recipe(folder / "data", steps=60)
     made["stages"]["two"]["until"] = "10step"
     for stage in made["stages"].values():
-        stage["save"] = {"every": "100step"}
+        stage["save"] = {"every": "20step"}
     (folder / "toy.yaml").write_text(yaml.safe_dump(made))
-    done = subprocess.run(command(folder, "--runs", str(folder / "whole")), capture_output=True, text=True, check=False)
+    done = forked.run(command(folder, "--runs", str(folder / "whole")))
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "digest").write_text(digest_of(folder / "whole/toy/two/1"))
     return folder
@@ -45,18 +46,20 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stop_saves_says_how_to_go_on_and_goes_on(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     (tmp_path / "toy.yaml").write_text((recipe / "toy.yaml").read_text())
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    begin = subprocess.Popen if number == signal.SIGTERM else forked.Forked  # one of them as a shell would
+    with open(tmp_path / "said", "wb") as file:
+        process = begin(command(tmp_path), stdout=file, stderr=file)
     metrics = runs / "toy/one/1/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 20_000):
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > 2_500):
         time.sleep(0.01)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == STOPPED, said
+    code, said = process.wait(timeout=60), (tmp_path / "said").read_text()
+    assert code == STOPPED, said
     assert "To go on: tutelage run" in said
     reached = len(numbers(runs / "toy/one/1", kind="train"))
-    assert 0 < reached < 250
+    assert 0 < reached < 60
     assert int(artifact.states(runs / "toy/one/1/state")[-1].name) == reached
-    again = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False)
+    again = forked.run(command(tmp_path))
     assert again.returncode == 0, again.stdout + again.stderr
     assert digest_of(runs / "toy/two/1") == (recipe / "digest").read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked import Forked
 from tests.server import folders
 from tests.server.apps import client, served  # noqa: F401  fixtures
 from tutelage.server.auth import Tokens
@@ -55,9 +57,9 @@ def child(module: str, *args: object, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes] | Forked) -> None:
     """Ask a process to go, and see that it has gone."""
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     try:
         process.wait(120)
     finally:
@@ -110,7 +112,8 @@ def anna(runs: Path) -> dict[str, str]:
 def training(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a toy stage at work, `toy/one`: it trains until the tests are over."""
     home = tmp_path_factory.mktemp("toy")
-    process = child("tests.server.training", home, runs, log=home / "run.log")
+    with open(home / "run.log", "wb") as log:
+        process = Forked([sys.executable, "-m", "tests.server.training", str(home), str(runs)], stdout=log)
     yield runs / "toy" / "one" / "1"
     end(process)
 

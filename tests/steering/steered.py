@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.forked import Forked
 from tests.toy import graph
 from tutelage import steering
 from tutelage.base import load
@@ -87,10 +87,10 @@ QUIET = 20  # the tick from which on the policy of a stage at work asks for noth
 
 
 class Slow(Cools):
-    """The same, and it takes its time: a stage that runs as long as a test looks at it."""
+    """The same, and it takes its time: a stage that runs as long as a test looks at it, and leaves the test some of the machine."""
 
     def act(self, view: Any) -> list[dict[str, Any]]:
-        time.sleep(0.02)
+        time.sleep(0.1)
         return super().act(view) if view.clock.tick < QUIET else []
 
 
@@ -106,7 +106,7 @@ def at_work(folder: Path, *, steps: int = 100_000) -> Iterator[Path]:
     (folder / "toy.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "tutelage", "run", str(folder / "toy.yaml"), "--runs", str(folder / "runs")]
     with open(folder / "said", "wb") as said:
-        process = subprocess.Popen([*command, "--only", "one"], stdout=said, stderr=said)
+        process = Forked([*command, "--only", "one"], stdout=said)
     stage, until = folder / "runs/toy/one/1", time.monotonic() + 300
     try:
         while not (stage / "controls.json").exists() or steering.controls(stage)["tick"] <= QUIET:

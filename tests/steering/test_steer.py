@@ -14,6 +14,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from tests import forked
 from tests.steering.steered import at_work
 from tutelage import steering, wording
 from tutelage.asking import runs_like, words_like
@@ -27,6 +28,12 @@ pytestmark = pytest.mark.slow
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with at_work(tmp_path_factory.mktemp("work")) as folder:
         yield folder
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands start at once."""
+    monkeypatch.setattr(steering, "subprocess", forked.SUBPROCESS)
 
 
 @pytest.fixture
@@ -116,6 +123,7 @@ def test_a_branch_is_a_run_of_its_own(stage: Path, runs: Path) -> None:
     assert isinstance(again.exception, UserError) and "already" in str(again.exception)
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_branch_may_wait_for_the_stage(stage: Path, runs: Path) -> None:
     made = told(steer(runs, "branch", "later", "until=2step", "--start", "after", "--json"))
     (begun,) = made["branches"]
@@ -125,6 +133,7 @@ def test_a_branch_may_wait_for_the_stage(stage: Path, runs: Path) -> None:
     os.kill(begun["process"], signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_branch_brings_in_no_code_of_anybodys(stage: Path, runs: Path) -> None:
     action = {"do": "branch", "name": "bad", "sets": {"methods": [{"use": "subprocess:Popen"}]}}
     tick = steering.wait(stage, steering.send(stage, [action], by="bot"), seconds=120)["effects"][0]["tick"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from tests import forked
 from tests.steering.steered import at_work, steered
 from tests.toy import numbers
 from tutelage import steering, trying
@@ -31,6 +32,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a stage at work, with a policy of its own; each test leaves it running."""
     with at_work(tmp_path_factory.mktemp("work")) as folder:
         yield folder
+
+
+@pytest.fixture
+def warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins start at once."""
+    monkeypatch.setattr(trying, "subprocess", forked.SUBPROCESS)
 
 
 @pytest.fixture
@@ -55,6 +62,7 @@ def steps_of(folder: Path, *, first: int, last: int) -> list[dict[str, Any]]:
     return [row for row in numbers(folder, kind="train") if first < row["tick"] <= last]
 
 
+@pytest.mark.usefixtures("warm")
 def test_the_plain_twin_is_what_the_stage_itself_does_next(running: Path) -> None:
     tried = trying.begin_try(running, TRIPLED, 6, by="ada")
     assert tried.live and tried.effects[0]["changes"][0]["now"] == pytest.approx(
@@ -122,6 +130,7 @@ def test_what_the_stage_refuses_is_not_tried(running: Path) -> None:
     assert not any(tried.do[0].get("path") == "optim.beta" for tried in trying.tries(running))
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_stage_paused_by_a_person_stays_paused(running: Path) -> None:
     steering.wait(running, steering.send(running, [{"do": "pause"}], by="bob"), seconds=120)
     tried = trying.run_try(trying.begin_try(running, TRIPLED, 3, by="ada"))
@@ -130,6 +139,7 @@ def test_a_stage_paused_by_a_person_stays_paused(running: Path) -> None:
     assert any(entry["do"] == TRIPLED for entry in steering.log(running))
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_stage_that_is_not_running_is_tried_from_its_last_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
@@ -52,17 +53,22 @@ class Span:
 
     def __str__(self) -> str:
         """The shortest text that reads back as this very span: `820ktok`, but `16384tok`."""
-        letters = ("",) if self.unit in ("%", "min", "epoch") else ("", "k", "M", "G", "T")
-        texts = [
-            f"{number}{a}{self.unit}" for a in letters for number in _numbers(self.value / _SCALE[a]) if self.value >= 0
-        ]
-        return min((text for text in texts if Span.parse(text) == self), key=len, default=f"{self.value!r}{self.unit}")
+        return _shortest(self)
 
     @property
     def share(self) -> float:
         """A percent span as a fraction."""
         assert self.unit == "%", self
         return self.value / 100
+
+
+@lru_cache(4096)
+def _shortest(span: Span) -> str:
+    letters = ("",) if span.unit in ("%", "min", "epoch") else ("", "k", "M", "G", "T")
+    texts = [
+        f"{number}{a}{span.unit}" for a in letters for number in _numbers(span.value / _SCALE[a]) if span.value >= 0
+    ]
+    return min((text for text in texts if Span.parse(text) == span), key=len, default=f"{span.value!r}{span.unit}")
 
 
 def _numbers(value: float) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,24 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def write(folder: Path) -> dict[str, str]:
     """Two sources: `a` is word salad, `b` counts. Files by name; the same every time."""
-    rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {
+    for name, lines in texts().items():
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            path.write_bytes(b"".join(orjson.dumps({"text": line}) + b"\n" for line in lines))
+    return {name: str(folder / f"{name}.jsonl") for name in texts()}
+
+
+@cache
+def texts() -> dict[str, list[str]]:
+    """The lines of either source."""
+    rng = random.Random(0)
+    return {
         "a": [" ".join(rng.choice(WORDS) for _ in range(rng.randrange(8, 30))) for _ in range(200)],
         "b": [
             " ".join(str(n + i) for i in range(rng.randrange(4, 16))) for n in (rng.randrange(900) for _ in range(200))
         ],
     }
-    for name, lines in texts.items():
-        path = folder / f"{name}.jsonl"
-        if not path.exists():
-            path.write_bytes(b"".join(orjson.dumps({"text": line}) + b"\n" for line in lines))
-    return {name: str(folder / f"{name}.jsonl") for name in texts}
 
 
 def recipe(folder: Path, *, model: str = "llama", steps: int = 12) -> dict[str, Any]:
