@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tutelage.core import arms, ledger, pages, rules, words
+from tutelage.core import arms, ledger, pages, profile, rules, words
 from tutelage.core.record import dumps, write_whole
 from tutelage.core.stage import columns
 from tutelage.core.transfer import dip, transfer
@@ -116,6 +116,7 @@ def _stage(node: Node, book: ledger.Ledger, names: dict[str, str], *, why: str |
         "deterministic": node.stage.engine.deterministic,
         **cost,
         "measuring": book.measuring(),
+        "profile": profile.rows(node.folder, training=cost["seconds"]),
         "shares": book.train.shares(),
         "first": named(book.first),
         "final": named(book.final),

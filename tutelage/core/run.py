@@ -181,6 +181,8 @@ def _work(node: Node, world: World, say: Say) -> None:
                 train(run)
             finally:
                 run.metrics.close()
+                if world.rank == 0:
+                    run.profile.keep(node.folder)
         adapter = execute.fold(run)
         if world.rank == 0:
             extra = {f"{label}.{n}": t for label, m in run.extra.items() for n, t in artifact.tensors_of(m).items()}

@@ -26,6 +26,7 @@ from tutelage.core.measure import Evals, planned
 from tutelage.core.modality import Corpus, Modality
 from tutelage.core.pace import UNKNOWN
 from tutelage.core.prefix import prefixed
+from tutelage.core.profile import Profile
 from tutelage.core.record import Journal, Metrics, read_lines
 from tutelage.core.rules import Rules
 from tutelage.core.shard import World
@@ -81,6 +82,7 @@ class Run:
     fresh: bool = True  # not resumed from a checkpoint
     measured: bool = False  # the last measurement is done
     lines: int = 0  # journal lines whose actions are already in the state
+    profile: Profile = field(default_factory=Profile)  # what methods take of its time
 
     @property
     def clock(self) -> Clock:
@@ -234,6 +236,8 @@ def build(node: Node, *, world: World, say: Say) -> Run:
     assert node.folder is not None and stage.until is not None
     base = opened(node, world=world, say=say)
     engine, view, methods = base.engine, base.view, base.methods
+    profile = Profile()
+    profile.watch(methods.all())
     if stage.engine.checkpointing:
         engine.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sources = {name: base.corpora.of(name, spec).train for name, spec in stage.data.items()}
@@ -279,6 +283,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
         say=say,
         corpora=base.corpora,
         standing=standing.Standing(stage.steering),
+        profile=profile,
     )
     if saved:
         run.steered = Steered(**saved[1]["steered"])

@@ -1,0 +1,86 @@
+"""What each method takes of a stage's time: its hooks are timed where they are called, and the sums kept beside the stage.
+
+A hook's own time, on the wall. What a loss or penalty costs in the backward pass, and what a wrapper adds to the model's
+passes, belongs to the model: it is in `loss` or in none. On a GPU a hook that does not wait for its result counts what it
+takes to ask for it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from tutelage.base.hooks import HOOKS
+from tutelage.base.method import Method
+from tutelage.core.record import write_whole
+
+FILE = "profile.json"
+APART = {"prefix"}  # gives documents one by one, to whom reads them
+BEFORE = {"source", "cut", "begin", "modules", "wrap", "build"}  # asked when a stage is built
+
+
+@dataclass
+class Profile:
+    """Calls and seconds by method and hook, of one process."""
+
+    hooks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def watch(self, methods: list[Method]) -> None:
+        """Time the hooks of these methods from now on. The methods stay what they are; two of one name are summed."""
+        for method in methods:
+            for hook in method.hooks():
+                if HOOKS[hook].kind == "train" and hook not in APART:
+                    sums = self.hooks.setdefault(method.name(), {}).setdefault(hook, [0, 0.0])
+                    object.__setattr__(
+                        method, hook, _timed(getattr(method, hook), sums)
+                    )  # no setting: pydantic stays out
+
+    def keep(self, folder: Path) -> None:
+        """Add this process's sums to those of the stage's earlier ones. A process that was killed left none."""
+        hooks = read(folder)
+        for name, found in self.hooks.items():
+            for hook, (calls, took) in found.items():
+                old = hooks.setdefault(name, {}).setdefault(hook, [0, 0.0])
+                old[0] += calls
+                old[1] = round(old[1] + took, 6)
+        write_whole(folder / FILE, json.dumps(hooks))
+
+
+def read(folder: Path | None) -> dict[str, dict[str, list[float]]]:
+    """What was kept of a stage: calls and seconds by method and hook."""
+    path = folder / FILE if folder else None
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path and path.exists() else {}
+
+
+def rows(folder: Path | None, *, training: float) -> list[dict[str, Any]]:
+    """A row a method, the costliest first. `training`: seconds of the stage's steps, of which `share` is a share.
+
+    `seconds` are those within the steps, `before` those of the work before the first; `hooks` has calls and seconds of each.
+    """
+    table = []
+    for name, hooks in read(folder).items():
+        called = {hook: {"calls": int(calls), "seconds": took} for hook, (calls, took) in hooks.items() if calls}
+        before = sum(took["seconds"] for hook, took in called.items() if hook in BEFORE)
+        within = sum(took["seconds"] for took in called.values()) - before
+        share = within / training if training else None
+        if called:
+            table.append({"method": name, "seconds": within, "share": share, "before": before, "hooks": called})
+    return sorted(table, key=lambda row: -row["seconds"])
+
+
+def _timed(hook: Callable[..., Any], sums: list[float]) -> Callable[..., Any]:
+    @wraps(hook)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return hook(*args, **kwargs)
+        finally:
+            sums[0] += 1
+            sums[1] += time.perf_counter() - began
+
+    return call
