@@ -9,7 +9,7 @@ import pytest
 
 from tests.contract import test_contract as checks
 from tests.contract.harness import Shelf, off, on, without
-from tutelage.core.artifact import flatten
+from tutelage.core.artifact import flatten, unflatten
 
 
 def wrong(name: str) -> str:
@@ -39,6 +39,9 @@ def test_state_that_no_checkpoint_holds_is_seen(shelf: Shelf) -> None:
         checks.test_state_comes_back_as_it_was_saved(wrong("Clumsy"), shelf)
     with pytest.raises(TypeError, match="seen"):
         flatten({"seen": [1]})
+    state: dict[str, Any] = {"whole": {}, "of": {"a": 1, "b": {}}}
+    held, plain = flatten(state)
+    assert not held and unflatten(plain) == state
 
 
 def test_a_sum_of_one_process_alone_is_seen(shelf: Shelf) -> None:

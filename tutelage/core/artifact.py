@@ -148,6 +148,8 @@ def flatten(tree: dict[str, Any], *, prefix: str = "") -> tuple[dict[str, Tensor
             raise TypeError(f"a key in a method's state holds no '/'; '{path}' does")
         if isinstance(value, Tensor):
             tensors[path] = value
+        elif isinstance(value, dict) and not value:
+            scalars[f"{path}/"] = None  # nothing in it, and yet it is there
         elif isinstance(value, dict):
             inner, plain = flatten(value, prefix=path + "/")
             tensors |= inner
@@ -167,7 +169,8 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
         node = tree
         for part in parts:
             node = node.setdefault(part, {})
-        node[last] = value
+        if last:
+            node[last] = value
     return tree
 
 
