@@ -12,6 +12,7 @@ import yaml
 from tests.faults.test_kill import after_step, in_child
 from tests.toy import graph, numbers
 from tutelage.core import profile, report
+from tutelage.core.graph import Graph
 from tutelage.core.run import run_graph
 from tutelage.look import digest_of
 
@@ -31,29 +32,24 @@ def twelve(recipe: dict[str, Any]) -> None:
 
 
 def test_twelve_methods_run_together_and_a_killed_run_retraces(tmp_path: Path) -> None:
-    def run(folder: Path) -> Path:
-        result = run_graph(
-            made := graph(folder, steps=8, change=twelve),
-            only=None,
-            jobs=0,
-            drift="refuse",
-            tell=lambda stage, said: None,
-        )
+    def run(folder: Path) -> Graph:
+        made = graph(folder, steps=8, change=twelve)
+        result = run_graph(made, only=None, jobs=0, drift="refuse", tell=lambda stage, said: None)
         assert not result.failed and not result.stopped
-        assert made.nodes["two"].folder
-        return made.nodes["two"].folder
+        return made
 
     def killed() -> None:
         after_step("two", 6)()
         run(tmp_path / "cut")
 
-    whole = run(tmp_path / "whole")
+    made = run(tmp_path / "whole")
     assert in_child(killed) == -signal.SIGKILL
-    again = run(tmp_path / "cut")
+    whole, again = (found.nodes["two"].folder for found in (made, run(tmp_path / "cut")))
+    assert whole and again
     assert digest_of(again) == digest_of(whole) and numbers(again) == numbers(whole)
     assert len(numbers(whole, kind="train")) == 8
 
-    data = report.write(graph(tmp_path / "whole", steps=8, change=twelve), tmp_path / "out")
+    data = report.write(made, tmp_path / "out")
     table = {row["method"]: row for row in data["stages"]["two"]["profile"]}
     methods = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["stages"]["code"]["methods"]
     assert len(methods) == 12 and {entry["use"] for entry in methods} - {"condition/metadata"} <= set(table)
