@@ -125,7 +125,7 @@ def test_nan_is_a_mark_and_a_gap_and_breaks_no_chart(open_page: Any) -> None:
 
 def test_text_of_a_run_is_shown_as_text(open_page: Any) -> None:
     page = open_page("demo/code")
-    page.get_by_text("gradient norm tripled <b>bold</b>").wait_for()
+    page.get_by_text("the loss leapt <b>far</b>").wait_for()
     press(page, "6")
     page.get_by_text("prose went <script>alert(1)</script>").first.wait_for()
     tip = page.evaluate("""() => tutelage.tip(Number(document.querySelector('.spark').id.slice(1)),

@@ -30,13 +30,17 @@ SKIP = {"skip": "Go past the data seen since, instead of training on them again"
 
 
 async def answered(viewer: Viewer, do: list[dict[str, Any]], *, dry: bool = False, why: str = "") -> dict[str, Any]:
-    """Send in the viewer's name, and wait for the answer. WRONG where it cannot be sent."""
+    """Send in the viewer's name, and wait for the answer. WRONG where it cannot be sent, or nobody would answer."""
     desk, folder = viewer.house.desk, viewer.live.folder
+    if not viewer.live.live:
+        raise UserError(f"this stage is {viewer.live.state}: nothing is changed now")
     id = await desk.act(viewer.who, folder, do, why=why, dry=dry, address=viewer.address)
     until = time.monotonic() + PATIENCE
     found: dict[str, Any] = {"id": id, "state": "pending"}
     while found["state"] == "pending" and time.monotonic() < until and not viewer.gone:
         found = await desk.answer(folder, id, seconds=5.0)
+        if found["state"] == "pending" and not viewer.live.live:
+            raise UserError(f"the stage is {viewer.live.state} now; the request waits there until it is run again")
     return found
 
 

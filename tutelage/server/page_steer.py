@@ -20,6 +20,7 @@ class Steer(Panel):
     title = "Steer"
 
     def build(self) -> None:
+        self.over = text("", "soft").style("margin-bottom: .8rem")
         with box("grid2"):
             with box("pile wide"):
                 self.waiting = box("", "section", label="waiting for a person")
@@ -42,7 +43,7 @@ class Steer(Panel):
                     self._stage()
                 with box("card pile", "section", label="data"):
                     text("Data", tag="h3")
-                    self._data()
+                    self.data = box("pile")
                 with box("card pile", "section", label="who may steer"):
                     text("Who may steer", tag="h3")
                     self.rules = box("pile")
@@ -56,13 +57,20 @@ class Steer(Panel):
         """Build anew only what changed, so that what somebody is typing stays."""
         live = self.viewer.live
         now = live.controls
+        self.over.set_text(
+            ""
+            if live.live
+            else f"This stage is {live.state}: nothing here is changed. A branch (Try) goes on from a save."
+        )
+        self.over.set_visibility(not live.live)
         self._once(
             "values",
             [live.live, *({k: v for k, v in t.items() if k not in ("now", "groups")} for t in now["targets"])],
             self.values,
             self._values,
         )
-        self._once("mix", [sorted(live.shares()), live.live], self.mixture, self._mixture)
+        self._once("mix", [now["sources"], sorted(live.shares()), live.live], self.mixture, self._mixture)
+        self._once("data", [now[key] for key in ("sources", "drawn", "dropped")], self.data, self._data)
         self._once("parts", now["modules"], self.parts, self._parts)
         self._once("waiting", now["waiting"], self.waiting, self._waiting)
         undoable = [e["id"] for e in live.entries if e.get("state") == "applied"][-4:]
@@ -71,8 +79,9 @@ class Steer(Panel):
         for path, label in self.used.items():
             value = live.target(path).get("now")
             label.set_text(rate(value) if path in RATES else plain(value))
+        mix, _ = self._mix()
         for name, label in self.shares.items():
-            label.set_text(f"now {percent(live.shares().get(name))}")
+            label.set_text(f"now {percent(mix.get(name))}")
 
     used: dict[str, Any]
     shares: dict[str, Any]
@@ -143,9 +152,18 @@ class Steer(Panel):
                 button("See what it does", further, "main")
         dialog.open()
 
+    def _mix(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Shares of the sources that can be mixed, together one; and what of a batch methods take before for their own."""
+        live = self.viewer.live
+        shares, own = live.shares(), live.controls["sources"]
+        mixed = {name: shares.get(name, 0.0) for name in own}
+        whole = sum(mixed.values()) or 1.0
+        taken = {name: share for name, share in shares.items() if name not in own} if own else {}
+        return {name: share / whole for name, share in mixed.items()}, taken
+
     def _mixture(self) -> None:
         self.shares = {}
-        mix = self.viewer.live.shares()
+        mix, taken = self._mix()
         if not mix:
             text("Not known before the stage runs.", "soft")
             return
@@ -156,6 +174,8 @@ class Steer(Panel):
                 self.shares[name] = text("", "soft small")
                 fields[name] = field("share", f"{100 * number(share):.4g}").props('suffix="%"').style("width: 7rem")
                 fields[name].props["aria-label"] = f"share of {name}, percent"
+        for name, share in taken.items():
+            text(f"{name}: a method takes {percent(share)} of every batch before these", "soft small")
 
         async def send() -> None:
             shares = {name: number(one.value) / 100 for name, one in fields.items()}
@@ -292,23 +312,41 @@ class Steer(Panel):
             button("Note", lambda: act(self.viewer, [{"do": "note", "text": remark.value}], title="Note"), "tiny")
 
     def _data(self) -> None:
+        now = self.viewer.live.controls
+        drawn, sources = now["drawn"], now["sources"]
+        if not sources:
+            text("Not known before the stage runs.", "soft")
+            return
         with box("line"):
-            source = field("Source", classes="grow")
-            rows = field("Rows").style("width: 6rem")
+            rows_of = _choice("Rows of", drawn)
+            rows = field("Rows").props("inputmode=numeric").style("width: 6rem")
 
             async def skip() -> None:
-                many = int(number(rows.value)) if number(rows.value) == number(rows.value) else 0
-                await self.ask(
-                    [{"do": "skip_data", "source": source.value, "rows": many}], title=f"Go past {many} rows"
-                )
+                if not number(rows.value) >= 1:
+                    return self.viewer.say("How many rows? A number from 1", "bad")
+                do = {"do": "skip_data", "source": rows_of.value, "rows": int(number(rows.value))}
+                return await self.ask([do], title=f"Go past {do['rows']:,} rows of {do['source']}")
 
             button("Skip …", skip, "tiny risk")
+        with box("line"):
+            source = _choice("Source", sources)
             drop = "Its share goes to the others."
-            button(
-                "Drop …",
-                lambda: self.ask([{"do": "drop_source", "name": source.value}], title="Drop a source", says=drop),
-                "tiny risk",
-            )
+
+            async def leave() -> None:
+                do = {"do": "drop_source", "name": source.value}
+                await self.ask([do], title=f"Drop the source {source.value}", says=drop)
+
+            button("Drop …", leave, "tiny risk").set_enabled(len(sources) > 1)
+        for gone in now["dropped"]:
+            with box("line ends"):
+                text(f"{gone} was dropped", "small cut")
+                back = [{"do": "add_source", "name": gone}]
+                button(
+                    "Take back …",
+                    lambda d=back, n=gone: self.ask(d, title=f"Take {n} back"),
+                    "tiny",
+                    label=f"take {gone} back",
+                )
         with box("line wrap"):
             name = field("New source").style("flex: 1 1 8rem")
             path = field("Path, as under data:").style("flex: 2 1 10rem")
@@ -328,6 +366,12 @@ class Steer(Panel):
                 )
 
             button("Add …", add, "tiny")
+
+
+def _choice(label: str, names: list[str]) -> ui.select:
+    """One of the names that the trainer takes here."""
+    found = ui.select(names, value=names[0] if names else None, label=label)
+    return found.props("outlined dense options-dense").classes("grow")
 
 
 def _bounds(target: dict[str, Any]) -> str:
