@@ -142,7 +142,7 @@ def status(folder: Path) -> list[str]:
     """Where a stage stands and what can be set in it."""
     now = steering.controls(folder)
     total = now["total"]
-    end = f" of {total['value']:,.6g} {total['unit']}" if total else ""
+    end = f": {now['frac']:.1%} of {total['value']:,.0f} {total['unit']}" if total else ""
     who = f", process {now['process']} on {now['host']}" if now["live"] and now["process"] else ""
     lines = [f"{steering.name_of(folder)}  {now['state']}{who}", f"tick {now['tick']:,}, step {now['step']:,}{end}"]
     for target in now["targets"]:

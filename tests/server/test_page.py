@@ -17,7 +17,7 @@ import pytest
 from tests.server.conftest import serve
 from tutelage import steering
 from tutelage.base.spec import SteeringSpec
-from tutelage.server.page_steer import rules_said
+from tutelage.server.page_words import rules_said
 from tutelage.trying import Try
 
 WIDE, NARROW = (1280, 800), (390, 844)

@@ -44,6 +44,11 @@ async def answered(viewer: Viewer, do: list[dict[str, Any]], *, dry: bool = Fals
     return found
 
 
+def wrong(error: Exception) -> str:
+    """What is wrong with a request, without saying that it is one."""
+    return str(error).removeprefix("request: ")
+
+
 def effects_of(answer: dict[str, Any]) -> list[list[str]]:
     """What an answer says that changes or changed: a row for each value, before, after and as used. Groups that change
     alike share a row."""
@@ -136,14 +141,14 @@ class Ask:
         try:
             answer = await answered(self.viewer, self.do, dry=True)
         except WRONG as error:
-            return self._say(str(error), "bad")
+            return self._say(wrong(error), "bad")
         if self.dialog.is_deleted:
             return None
         self.possible = answer["state"] in ("dry", "waiting")
         self.effect.clear()
         with self.effect:
             if answer["state"] == "refused":
-                text(str(answer.get("error", "refused")), "bad")
+                text(str(answer.get("error") or "refused"), "bad")
             elif answer["state"] == "waiting":
                 text(f"A person must approve this first: {answer.get('error', '')}", "warn")
             show_effects(answer)
@@ -169,7 +174,7 @@ async def act(viewer: Viewer, do: list[dict[str, Any]], *, title: str, why: str 
     try:
         answer = await answered(viewer, do, why=why)
     except WRONG as error:
-        viewer.say(f"{title}: {error}", "bad")
+        viewer.say(f"{title}: {wrong(error)}", "bad")
         return None
     state, where = answer["state"], f"at tick {answer.get('tick', '–')}"
     reason = f": {answer['error']}" if answer.get("error") else ""

@@ -10,10 +10,9 @@ from tutelage.core.words import number, percent
 from tutelage.server.page_act import BACK, SKIP, Ask, act, back_to_before
 from tutelage.server.page_bits import box, button, field, text
 from tutelage.server.page_panel import Panel
-from tutelage.server.page_words import plain, rate, spell
+from tutelage.server.page_words import MANY, bounds, plain, rate, rules_said, spell
 
 RATES = ("optim.lr", "optim.base")
-MANY = {"agent": "agents", "policy": "policies"}
 
 
 class Steer(Panel):
@@ -76,6 +75,8 @@ class Steer(Panel):
         undoable = [e["id"] for e in live.entries if e.get("state") == "applied"][-4:]
         self._once("back", [now["saves"], undoable], self.back, self._back)
         self._once("rules", [now["locked"], now["rules"]], self.rules, self._rules)
+        _, done = live.progress()
+        self.end.set_text(f"Done: {done}." if now["total"] else "")
         for path, label in self.used.items():
             value = live.target(path).get("now")
             label.set_text(rate(value) if path in RATES else plain(value))
@@ -114,7 +115,7 @@ class Steer(Panel):
                     text(str(target.get("says") or ""), "soft small")
                 with box():
                     self.used[target["path"]] = text(plain(target["now"]), "strong num")
-                    text(_bounds(target), "soft small")
+                    text(bounds(target), "soft small")
                 button(
                     "Change …",
                     lambda t=target: self._change(self.viewer.live.target(t["path"]) or t),
@@ -128,15 +129,18 @@ class Steer(Panel):
         with self.viewer.root, ui.dialog() as dialog, box("t-dialog pile wide"):
             dialog.on("hide", dialog.delete)
             text(f"Change {path}", tag="h2")
-            text(f"{target.get('says') or ''} Now {plain(target['now'])}. {_bounds(target)}", "soft", "p")
+            write = rate if path in RATES else plain
+            said = [str(target.get("says") or ""), f"now {write(target['now'])}", bounds(target)]
+            text("; ".join(part for part in said if part), "soft", "p")
             value = field("New value", plain(target["now"])).props("autofocus inputmode=decimal")
             wrong = text("", "bad small")
 
             async def further() -> None:
-                to = number(value.value)
+                span = target.get("kind") == "span"  # the trainer reads it, and says what is wrong with it
+                to = str(value.value).strip() if span else number(value.value)
                 low, high = number(target.get("low")), number(target.get("high"))
-                if to != to or to < low or to > high:
-                    wrong.set_text(f"A number is needed, {_bounds(target) or 'any'}.")
+                if isinstance(to, float) and (to != to or to < low or to > high):
+                    wrong.set_text(f"A number is needed, {bounds(target) or 'any'}.")
                     return
                 dialog.close()
                 await self.ask(
@@ -145,7 +149,7 @@ class Steer(Panel):
 
             value.on("keydown.enter", further)
             with box("line wrap"):
-                for by in (0.5, 0.8, 1.25, 2.0):
+                for by in (0.5, 0.8, 1.25, 2.0) if number(target["now"]) else ():
                     button(f"× {by:g}", lambda by=by: value.set_value(f"{number(target['now']) * by:.6g}"), "tiny")
             with box("line").style("justify-content: flex-end"):
                 button("Cancel", dialog.close, "plain")
@@ -282,7 +286,8 @@ class Steer(Panel):
             "They may ask again." if locked else "Everything that agents and policies ask for is refused from now on."
         )
         title = "Let agents and policies steer" if locked else "Stop agents and policies"
-        button(title, lambda: self.ask([do], title=title, says=says), "tiny" if locked else "tiny risk")
+        with box("line"):
+            button(title, lambda: self.ask([do], title=title, says=says), "tiny" if locked else "tiny risk")
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
@@ -291,6 +296,7 @@ class Steer(Panel):
             button("Save now", lambda: act(self.viewer, [{"do": "save"}], title="Save"), "tiny")
             button("Measure now", lambda: act(self.viewer, [{"do": "eval"}], title="Measure"), "tiny")
             button("One step, then pause", lambda: act(self.viewer, [{"do": "step", "n": 1}], title="One step"), "tiny")
+        self.end = text("", "soft small")
         with box("line"):
             until = field("New end, such as 2Mtok or 500step", classes="grow")
             button(
@@ -318,7 +324,7 @@ class Steer(Panel):
             text("Not known before the stage runs.", "soft")
             return
         with box("line"):
-            rows_of = _choice("Rows of", drawn)
+            rows_of = _choice("Rows of", sorted(drawn, key=lambda name: name.partition(":")[0] not in sources))
             rows = field("Rows").props("inputmode=numeric").style("width: 6rem")
 
             async def skip() -> None:
@@ -372,32 +378,3 @@ def _choice(label: str, names: list[str]) -> ui.select:
     """One of the names that the trainer takes here."""
     found = ui.select(names, value=names[0] if names else None, label=label)
     return found.props("outlined dense options-dense").classes("grow")
-
-
-def _bounds(target: dict[str, Any]) -> str:
-    low, high = target.get("low"), target.get("high")
-    if low is None and high is None:
-        return ""
-    if high is None:
-        return f"{plain(low)} or more"
-    return f"{plain(high)} or less" if low is None else f"from {plain(low)} to {plain(high)}"
-
-
-def rules_said(rules: dict[str, Any]) -> list[str]:
-    """What a stage's `steering` allows, a sentence an actor."""
-    found = []
-    for actor, many in MANY.items():
-        rule = rules.get(actor)
-        if not rule:
-            continue
-        limits = [
-            f"{path} × {plain(limit['by'][0])} to × {plain(limit['by'][1])} within {limit['per']}"
-            for path, limit in (rule.get("limits") or {}).items()
-        ]
-        waits = [name.replace("_", " ") for name in rule.get("approve") or []]
-        parts = [", ".join(limits) or "no limits", f"at most {rule.get('budget', 0):,} requests"]
-        parts += [f"{', '.join(waits)} wait for a person"] if waits else []
-        found.append(f"{many.capitalize()}: {'; '.join(parts)}.")
-    if rules.get("hold"):
-        found.append(f"What a person set is theirs for {rules['hold']}.")
-    return [*found, *(["Policies only follow what the recipe says they did."] if rules.get("replay") else [])]
