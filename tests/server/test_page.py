@@ -140,6 +140,29 @@ def test_every_action_says_on_the_curve_who_and_why(open_page: Any) -> None:
     assert "mei: mix weights code 0.8, base/prose 0.2 — more replay" in tip
 
 
+def test_what_is_offered_is_what_the_trainer_takes(open_page: Any) -> None:
+    page = open_page("demo/code")
+    press(page, "2")
+    mixture = page.get_by_role("region", name="mixture")
+    mixture.get_by_text(re.compile(r"base/prose: a method takes [\d.]+% of every batch")).wait_for()
+    assert mixture.get_by_role("textbox").count() == 1
+    data = page.get_by_role("region", name="data", exact=True)
+    data.get_by_label("Rows of").click()
+    offered = page.get_by_role("option")
+    offered.first.wait_for()
+    assert offered.all_inner_texts() == ["code", "base/prose"]
+    page.keyboard.press("Escape")
+    assert data.get_by_role("button", name="Drop …").is_disabled()  # nothing would be left
+    press(page, "1")
+    page.wait_for_function("""() => [...document.querySelectorAll('.chart')].some((e) => {
+        const drawn = getElement(Number(e.id.slice(1))).chart?.getOption().series ?? [];
+        return drawn.map((s) => s.name).join() === 'in use,peak' && drawn[0].data.length > 100; })""")
+    page = open_page("demo/base")
+    press(page, "2")
+    page.get_by_text("This stage is stopped: nothing here is changed").wait_for()
+    page.get_by_text("the trainer ended at about tick 200 without a word").wait_for()
+
+
 def test_runs_are_a_graph_that_leads_to_each_stage(open_page: Any) -> None:
     page = open_page("demo/code")
     press(page, "7")
