@@ -8,6 +8,7 @@ The training process knows nothing of this one and waits for nothing of it: see 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter
 
-from tutelage import brief, steering
+from tutelage import brief, steering, watching
 from tutelage.base.action import KINDS, PERSONS_ONLY, parse
 from tutelage.base.clock import Span
 from tutelage.base.errors import UserError
@@ -132,7 +133,7 @@ def description(folder: Path, settings: Settings) -> dict[str, Any]:
         "stage": steering.name_of(folder),
         **{
             key: now.get(key)
-            for key in ("state", "tick", "step", "total", "frac", "mix", "sources", "alerts", "locked")
+            for key in ("state", "tick", "step", "total", "frac", "mix", "sources", "drawn", "alerts", "locked")
         },
         "values": [{k: t.get(k) for k in ("path", "now", "used", "low", "high", "says")} for t in now["targets"][:40]],
         "saves": [save["tick"] for save in now["saves"]][-10:],
@@ -254,37 +255,72 @@ async def ask(client: httpx.AsyncClient, settings: Settings, question: dict[str,
 # -- the loop ---------------------------------------------------------------------------------------------------------
 
 
+class Present:
+    """Seen beside a stage by whoever looks at its folder: a file there, locked as long as this process lives."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        place = folder / "agents"
+        place.mkdir(exist_ok=True)
+        for path in place.glob("*.json"):
+            if not watching.held(path) and (watching.read_or_none(path) or {}).get("name") == name:
+                path.unlink()  # it is back
+        self.path, self.name, self.failed = place / f"{steering.new_id()}.json", name, 0
+
+    def __enter__(self) -> Present:
+        beside = self.path.with_suffix(".new")  # nobody sees it before it is locked
+        self.file = open(beside, "w", encoding="utf-8")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.heard("")
+        beside.rename(self.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+    def heard(self, wrong: str) -> None:
+        """A question was answered; what was wrong with the answer, if anything."""
+        self.failed = self.failed + 1 if wrong else 0
+        self.file.seek(0)
+        self.file.truncate()
+        self.file.write(json.dumps({"name": self.name, "process": os.getpid(), "failed": self.failed, "why": wrong}))
+        self.file.flush()
+
+
 async def follow(folder: Path, settings: Settings, *, say: Callable[[str], None]) -> int:
     """Ask every `every` steps until the stage is no longer running; returns how many requests were sent."""
     local = urlsplit(settings.endpoint).hostname in ("127.0.0.1", "localhost", "::1")
     sent, turn, due, told = 0, 0, 0, dict[str, bool]()
-    async with httpx.AsyncClient(timeout=None, follow_redirects=False, trust_env=not local) as client:
-        while steering.live(folder) and (settings.turns is None or turn < settings.turns):
-            _outcomes(folder, told, say)
-            tick = steering.controls(folder)["tick"]
-            if tick < due or not brief.latest(folder):
-                await asyncio.sleep(LOOK)
-                continue
-            turn, due = turn + 1, tick + settings.every
-            asking = asyncio.create_task(_turn(client, folder, settings, tick, say))
-            while steering.live(folder) and not asking.done():
-                await asyncio.wait({asking}, timeout=LOOK)
-            if not asking.done():
-                asking.cancel()
-                say(f"tick {tick}: the stage ended before a reply came")
-            elif id := asking.result():
-                told[id] = False
-                sent += 1
+    web = httpx.AsyncClient(timeout=None, follow_redirects=False, trust_env=not local)
+    with Present(folder, settings.name) as here:
+        async with web as client:
+            while steering.live(folder) and (settings.turns is None or turn < settings.turns):
+                _outcomes(folder, told, say)
+                tick = steering.controls(folder)["tick"]
+                if tick < due or not brief.latest(folder):
+                    await asyncio.sleep(LOOK)
+                    continue
+                turn, due = turn + 1, tick + settings.every
+                asking = asyncio.create_task(_turn(client, folder, settings, tick, say, here))
+                while steering.live(folder) and not asking.done():
+                    await asyncio.wait({asking}, timeout=LOOK)
+                if not asking.done():
+                    asking.cancel()
+                    say(f"tick {tick}: the stage ended before a reply came")
+                elif id := asking.result():
+                    told[id] = False
+                    sent += 1
     _outcomes(folder, told, say)
     return sent
 
 
 async def _turn(
-    client: httpx.AsyncClient, folder: Path, settings: Settings, tick: int, say: Callable[[str], None]
+    client: httpx.AsyncClient, folder: Path, settings: Settings, tick: int, say: Callable[[str], None], here: Present
 ) -> str | None:
     """One question and what comes of it: the id of a request, or None, with a line that says why."""
     try:
         wish = read_reply(await ask(client, settings, body(folder, settings)), may=settings.may)
+        here.heard("")
         if not wish.do:
             say(f"tick {tick}: leaves it alone: {_line(wish.why)}")
             return None
@@ -298,6 +334,7 @@ async def _turn(
             raise UserError("the stage has ended")
         id = steering.send(folder, wish.do, by=settings.name, actor="agent", why=wish.why)
     except UserError as error:
+        here.heard(_line(str(error)))
         say(f"tick {tick}: no answer to use: {_line(str(error))}")
         return None
     say(f"tick {tick}: asks {id}: {_line(json.dumps(wish.do))}: {_line(wish.why)}")

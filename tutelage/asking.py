@@ -142,7 +142,7 @@ def status(folder: Path) -> list[str]:
     """Where a stage stands and what can be set in it."""
     now = steering.controls(folder)
     total = now["total"]
-    end = f" of {total['value']:,.6g} {total['unit']}" if total else ""
+    end = f": {now['frac']:.1%} of {total['value']:,.0f} {total['unit']}" if total else ""
     who = f", process {now['process']} on {now['host']}" if now["live"] and now["process"] else ""
     lines = [f"{steering.name_of(folder)}  {now['state']}{who}", f"tick {now['tick']:,}, step {now['step']:,}{end}"]
     for target in now["targets"]:
@@ -162,7 +162,11 @@ def status(folder: Path) -> list[str]:
     for waiting in now["waiting"]:
         acts = " + ".join(said(act) for act in waiting.get("do", []))
         lines.append(f"  waits: {waiting.get('id')}  {waiting.get('by')}: {acts}")
-    return lines + [f"  alert: {text}" for text in now["alerts"]]
+    return lines + [alerted(one) for one in now["alerts"]]
+
+
+def alerted(alert: dict[str, Any]) -> str:
+    return f"  {'alert' if alert['grave'] else 'note'}: {alert['text']}"
 
 
 def branched(begun: steering.BranchInfo) -> list[str]:
@@ -192,14 +196,17 @@ def words_like(run: str, before: list[str], incomplete: str, *, runs: Path) -> l
     except (UserError, json.JSONDecodeError):
         return []
     verb, first = before[0], len(before) == 1
-    shares = sorted({*now["sources"], *(now["mix"] or {})})
     choices: list[str] = []
     if verb in ("set", "scale") and first:
         choices = [target["path"] for target in now["targets"]]
     elif verb == "mix":
-        choices = [f"{name}=" for name in shares]
-    elif verb in ("drop-source", "skip-data") and first:
-        choices = shares
+        choices = [f"{name}=" for name in now["sources"]]
+    elif verb == "drop-source" and first:
+        choices = now["sources"]
+    elif verb == "add-source" and first:
+        choices = now["dropped"]
+    elif verb == "skip-data" and first:
+        choices = now["drawn"]
     elif verb in ("freeze", "unfreeze", "reset"):
         choices = [module["name"] for module in now["modules"]]
     elif verb == "rollback":

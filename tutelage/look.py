@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tutelage import modalities
+from tutelage import modalities, watching
+from tutelage.asking import alerted
 from tutelage.base import load
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import artifact, elsewhere
@@ -19,6 +20,7 @@ from tutelage.core.prefix import prefixed
 from tutelage.core.record import Journal, read_lines
 from tutelage.core.stage import Corpora, processor_of, start_of
 from tutelage.core.stream import Stream
+from tutelage.core.words import amount
 
 
 def folder_of(target: str, *, runs: Path) -> Path:
@@ -84,6 +86,10 @@ def overview(folder: Path, console: Console) -> None:
         console.print(
             f"step {last['step']}  {last['tokens']:,} tokens  {last['flops']:.3g} FLOPs  loss {last['loss']:.4f}"
         )
+        if "memory_peak" in last:
+            console.print(f"memory: {amount(last['memory'])}B in use, {amount(last['memory_peak'])}B at most")
+    for one in watching.controls(folder)["alerts"]:
+        console.print(alerted(one).strip(), soft_wrap=True, markup=False)
     for name, value in (evals[-1]["values"] if evals else {}).items():
         console.print(f"  {name}  {value:.4f}" if isinstance(value, float) else f"  {name}  {value}")
     for line in read_lines(folder / "journal.jsonl"):

@@ -10,12 +10,15 @@ import fcntl
 import json
 import os
 import re
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tutelage.base.errors import UserError, did_you_mean
 
+SILENT = 120.0  # seconds without a word after which a stage at work is said to be silent
+FAILED = 3  # questions in a row without an answer to use, after which an agent is said to be of no help
 NAME = re.compile(r"[^/\\\0.][^/\\\0]*")  # of a run or a stage
 # What a page may rely on before the trainer has written its own.
 _EMPTY: dict[str, Any] = {
@@ -28,6 +31,8 @@ _EMPTY: dict[str, Any] = {
     "targets": [],
     "mix": {},
     "sources": [],
+    "drawn": [],
+    "dropped": [],
     "modules": [],
     "saves": [],
     "waiting": [],
@@ -114,9 +119,14 @@ def name_of(folder: Path) -> str:
 
 
 def live(folder: Path) -> bool:
-    """Whether a process holds the stage: its lock is tried, and let go at once."""
+    """Whether a process holds the stage."""
+    return held(folder / "lock")
+
+
+def held(path: Path) -> bool:
+    """Whether a process has locked a file: the lock is tried, and let go at once."""
     try:
-        handle = os.open(folder / "lock", os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
@@ -202,7 +212,60 @@ def controls(folder: Path) -> dict[str, Any]:
         state = "finished" if (folder / "artifact").exists() else "stopped"
     if not found:
         found = {"tick": max((int(p.name) for p in folder.glob("state/[0-9]*") if p.name.isdigit()), default=0)}
-    return {**_EMPTY, "stage": folder.parent.name, **found, "state": state, "live": alive}
+    now = {**_EMPTY, "stage": folder.parent.name, **found, "state": state, "live": alive}
+    return {**now, "alerts": [*outside(folder, now, wrote=str(found.get("state", ""))), *now["alerts"]]}
+
+
+def outside(folder: Path, now: dict[str, Any], *, wrote: str) -> list[dict[str, Any]]:
+    """Alerts that a trainer cannot give: it failed, ended or is silent. `wrote` is the state that it wrote last."""
+    found = []
+
+    def add(kind: str, text: str, *, grave: bool = True) -> None:
+        found.append({"kind": kind, "tick": now["tick"], "text": text, "grave": grave})
+
+    why = last_line(folder / "error.txt") if now["state"] == "stopped" else None
+    silent = time.time() - float(now["written"])
+    if why is not None:
+        add("failed", why or "it failed and left no word")
+    elif now["state"] == "stopped" and wrote in ("running", "paused", "finished"):
+        add(
+            "ended",
+            f"the trainer ended at about tick {now['tick']:,} without a word; the same command goes on from the last save",
+        )
+    elif now["live"] and now["written"] and silent > SILENT:
+        minutes = int(silent / 60)
+        add(
+            "silent",
+            f"the trainer has said nothing for {minutes} min; measuring and long steps are silent",
+            grave=False,
+        )
+    for path in sorted((folder / "agents").glob("*.json")) if now["live"] else []:
+        agent = read_or_none(path) or {}
+        if not held(path) and path.exists():
+            add("agent", f"agent {agent.get('name', '?')} is gone: its process ended without a word")
+        elif int(agent.get("failed") or 0) >= FAILED:
+            add(
+                "agent",
+                f"agent {agent['name']} got no answer to use, {agent['failed']} times in a row: {agent.get('why')}",
+            )
+    return found
+
+
+def read_or_none(path: Path) -> dict[str, Any] | None:
+    """What is written in place may be seen half written."""
+    try:
+        return read(path)
+    except UserError:
+        return None
+
+
+def last_line(path: Path) -> str | None:
+    """The last line of what a failed stage left, cut short; None where it left nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return None
+    return lines[-1][:500] if lines else ""
 
 
 def read(path: Path) -> dict[str, Any] | None:

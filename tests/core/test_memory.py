@@ -10,7 +10,7 @@ import transformers as tf
 from tests.core.tiny import CONFIGS, NAMES, tiny
 from tutelage.base.errors import UserError
 from tutelage.core.anatomy import anatomy
-from tutelage.core.memory import available, estimate, is_oom
+from tutelage.core.memory import available, estimate, in_use, is_oom
 from tutelage.core.out import cross_entropy, forward
 
 ROWS, LENGTH = 4, 128
@@ -146,3 +146,20 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert float(out) < 100
+
+
+def test_what_is_held_is_seen_to_grow_and_to_go_and_the_peak_stays():
+    size = 256 << 20
+    before, _ = in_use("cpu")
+    block = torch.ones(size, dtype=torch.uint8)
+    now, peak = in_use("cpu")
+    assert 0.9 * size < now - before < 1.2 * size and peak >= now
+    del block
+    after, still = in_use("cpu")
+    assert after < now - 0.9 * size and still > before + 0.9 * size
+
+
+def test_of_a_gpu_what_torch_allocated_is_told(monkeypatch):
+    counted = {"allocated_bytes": {"all": {"current": 3, "peak": 9, "allocated": 20, "freed": 17}}}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: counted)
+    assert in_use("cuda") == (3, 9)

@@ -268,6 +268,12 @@ def test_seconds_add_up_over_restarts(tmp_path):
     assert book.seconds_at(3) == 5.0
 
 
+def test_the_most_memory_that_a_stage_held_is_told_and_a_stage_that_told_none_has_none(tmp_path):
+    rows = [row | {"memory": 1e9, "memory_peak": 2e9 if i == 3 else 1e9} for i, row in enumerate(train_rows())]
+    assert ledger.read(write_stage(tmp_path / "s", rows)).cost()["memory"] == 2e9, "a resumed process counts from anew"
+    assert ledger.read(write_stage(tmp_path / "t", train_rows())).cost()["memory"] is None
+
+
 def test_a_thorough_measurement_joins_the_curve_with_the_rows_that_all_have(tmp_path):
     end = eval_row(10, {"prose": 2.0}, values={"bits_per_byte@32/prose": 2.1}, final=True)
     book = ledger.read(write_stage(tmp_path / "s", [eval_row(0, {"prose": 3.0}), end]))

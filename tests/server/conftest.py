@@ -95,7 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         start="base",
         loss=lambda tick: float("nan") if 150 <= tick < 153 else None,
         waiting=[WAITING],
-        alerts=["gradient norm tripled <b>bold</b>"],
+        alerts=[{"kind": "spike", "tick": 290, "text": "the loss leapt <b>far</b>", "grave": True}],
     )
     with open(folder / "lock", "a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

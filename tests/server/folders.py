@@ -38,6 +38,8 @@ def row(tick: int, *, loss: float | None = None) -> dict[str, Any]:
         "owed": {"code": 0.0, "base/prose": 0.0},
         "seconds": tick * 0.2,
         "tokens_per_second": 5120.0 + 200 * math.sin(tick / 9),
+        "memory": 1_200_000_000 + tick,
+        "memory_peak": 1_500_000_000,
     }
 
 
@@ -74,8 +76,9 @@ def controls(tick: int, ticks: int, **other: Any) -> dict[str, Any]:
             | {"path": "optim.base", "now": 3e-3, "kind": "number", "says": "learning rate at the schedule's peak"},
             strength | {"kind": "number", "says": "share of each batch that comes from before"},
         ],
-        "mix": {"code": 0.875, "base/prose": 0.125},
-        "sources": ["code", "base/prose"],
+        "mix": None,
+        "sources": ["code"],
+        "drawn": ["code", "base/prose"],
         "modules": [{"name": f"model.layers.{i}.*", "frozen": i == 0} for i in range(4)],
         "saves": [{"tick": ticks // 2, "kept": False}],
         "waiting": [],

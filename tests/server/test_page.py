@@ -17,7 +17,7 @@ import pytest
 from tests.server.conftest import serve
 from tutelage import steering
 from tutelage.base.spec import SteeringSpec
-from tutelage.server.page_steer import rules_said
+from tutelage.server.page_words import rules_said
 from tutelage.trying import Try
 
 WIDE, NARROW = (1280, 800), (390, 844)
@@ -125,7 +125,7 @@ def test_nan_is_a_mark_and_a_gap_and_breaks_no_chart(open_page: Any) -> None:
 
 def test_text_of_a_run_is_shown_as_text(open_page: Any) -> None:
     page = open_page("demo/code")
-    page.get_by_text("gradient norm tripled <b>bold</b>").wait_for()
+    page.get_by_text("the loss leapt <b>far</b>").wait_for()
     press(page, "6")
     page.get_by_text("prose went <script>alert(1)</script>").first.wait_for()
     tip = page.evaluate("""() => tutelage.tip(Number(document.querySelector('.spark').id.slice(1)),
@@ -138,6 +138,29 @@ def test_every_action_says_on_the_curve_who_and_why(open_page: Any) -> None:
     tip = page.evaluate("""() => tutelage.tip(Number(document.querySelector('.spark').id.slice(1)),
         [{axisValue: 201, value: [201, 1], marker: "", seriesName: "loss"}])""")
     assert "mei: mix weights code 0.8, base/prose 0.2 — more replay" in tip
+
+
+def test_what_is_offered_is_what_the_trainer_takes(open_page: Any) -> None:
+    page = open_page("demo/code")
+    press(page, "2")
+    mixture = page.get_by_role("region", name="mixture")
+    mixture.get_by_text(re.compile(r"base/prose: a method takes [\d.]+% of every batch")).wait_for()
+    assert mixture.get_by_role("textbox").count() == 1
+    data = page.get_by_role("region", name="data", exact=True)
+    data.get_by_label("Rows of").click()
+    offered = page.get_by_role("option")
+    offered.first.wait_for()
+    assert offered.all_inner_texts() == ["code", "base/prose"]
+    page.keyboard.press("Escape")
+    assert data.get_by_role("button", name="Drop …").is_disabled()  # nothing would be left
+    press(page, "1")
+    page.wait_for_function("""() => [...document.querySelectorAll('.chart')].some((e) => {
+        const drawn = getElement(Number(e.id.slice(1))).chart?.getOption().series ?? [];
+        return drawn.map((s) => s.name).join() === 'in use,peak' && drawn[0].data.length > 100; })""")
+    page = open_page("demo/base")
+    press(page, "2")
+    page.get_by_text("This stage is stopped: nothing here is changed").wait_for()
+    page.get_by_text("the trainer ended at about tick 200 without a word").wait_for()
 
 
 def test_runs_are_a_graph_that_leads_to_each_stage(open_page: Any) -> None:

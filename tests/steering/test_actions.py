@@ -10,6 +10,8 @@ import pytest
 
 from tests.steering.live import Change, answer, ask, journal, killed, run
 from tests.toy import numbers
+from tutelage import steering
+from tutelage.asking import words_like
 from tutelage.core import artifact, loop
 from tutelage.look import digest_of
 
@@ -69,6 +71,22 @@ def test_a_cut_and_resumed_stage_takes_the_same_course(course: str, tmp_path: Pa
         assert digest_of(again) == digest_of(whole)
         assert numbers(again) == numbers(whole)
     assert digest_of(whole) != digest_of(run(tmp_path / "plain", change=stage(save=OFTEN)))
+
+
+def test_where_sources_are_cut_the_pieces_are_offered_that_skipping_takes(tmp_path: Path) -> None:
+    skips = [(name, ask({"do": "skip_data", "source": name, "rows": 1}, dry=True)) for name in ("a", "a:8", "b:16")]
+    cut = {"use": "curriculum/length_buckets", "shortest": 8, "cycles": 2}
+    home = run(
+        tmp_path,
+        {2: [[(name.replace(":", "-"), asked) for name, asked in skips]]},
+        change=stage(curriculum=cut),
+        steps=4,
+    )
+    offered = words_like("toy/one", ["skip-data"], "", runs=tmp_path / "runs")
+    assert offered == steering.controls(home)["drawn"] and {"a:8", "b:16"} <= set(offered) and "a" not in offered
+    assert f"(there are: {', '.join(offered)})" in answer(home, "a")["error"]
+    assert [answer(home, name)["state"] for name in ("a-8", "b-16")] == ["dry", "dry"]
+    assert words_like("toy/one", ["drop-source"], "", runs=tmp_path / "runs") == ["a", "b"]
 
 
 @pytest.fixture
@@ -192,6 +210,7 @@ def test_controls_say_what_the_optimizer_uses(tmp_path: Path) -> None:
     assert rate["now"] == pytest.approx(4e-3)
     assert {round(g["used"], 9) for g in rate["groups"]} == {4e-3, 2e-3}
     assert now["state"] == "finished" and now["tick"] == 8 and now["sources"] == ["a", "b"]
+    assert now["drawn"] == ["a", "b"] and now["alerts"] == []
     assert {"optim/adamw.decay", "engine.clip", "optim.base"} <= {target["path"] for target in now["targets"]}
     (changes,) = [effect["changes"] for effect in answer(home, "low")["effects"]]
     assert changes[0] == {"what": "optim.lr", "group": changes[0]["group"], "was": 1e-2, "now": 4e-3, "used": 4e-3}

@@ -10,6 +10,7 @@ import pytest
 
 from tests.steering.live import Change, answer, ask, journal, killed, run
 from tests.toy import numbers
+from tutelage import steering
 from tutelage.base.method import Method
 from tutelage.core.run import run_graph
 from tutelage.look import digest_of
@@ -253,9 +254,13 @@ def test_a_policy_that_guards_brings_a_stage_back_from_nan(tmp_path: Path, monke
     assert rows[5]["loss"] == "nan" and all(isinstance(row["loss"], float) for row in rows[6:])
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
     assert rows[-1]["lr"] == pytest.approx(2.5e-3)
+    told = {one["kind"]: one["text"] for one in steering.controls(home)["alerts"]}
+    assert "no number at tick 6" in told["loss"] and "Halver did rollback + scale optim.lr at tick 6" in told["acted"]
     from tests.toy import graph
 
     made = graph(tmp_path / "bare", steps=8)
     assert "not a number at step 6" in str(
         run_graph(made, only="one", jobs=1, drift="refuse", tell=lambda s, d: None).failed
     )
+    (failed,) = steering.controls(tmp_path / "bare/runs/toy/one/1")["alerts"]
+    assert failed["kind"] == "failed" and "not a number at step 6" in failed["text"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tutelage import steering
+from tutelage.agent import Present
 from tutelage.base.errors import UserError
 from tutelage.core.record import dumps, sole_writer
 
@@ -186,6 +188,45 @@ def test_controls_of_a_dead_stage_say_so_whatever_it_wrote_last(runs: Path) -> N
         assert (now["live"], now["state"], now["tick"], now["targets"]) == (True, "paused", 7, [])
     now = steering.controls(folder)
     assert (now["live"], now["state"]) == (False, "stopped")
+    assert [one["kind"] for one in now["alerts"]] == ["ended"] and "about tick 7 without a word" in now["alerts"][0][
+        "text"
+    ]
+    (folder / "error.txt").write_text("Traceback\nRuntimeError: boom\n")
+    assert [(one["kind"], one["text"]) for one in steering.controls(folder)["alerts"]] == [
+        ("failed", "RuntimeError: boom")
+    ]
+
+
+def test_a_stage_at_work_that_is_silent_for_long_is_said_to_be(runs: Path) -> None:
+    folder = lay(runs, "demo/one")
+    own = [{"kind": "spike", "tick": 5, "text": "it leapt", "grave": True}]
+    for ago, kinds in ((20, ["spike"]), (200, ["silent", "spike"])):
+        wrote = {"state": "running", "tick": 7, "written": time.time() - ago, "alerts": own}
+        (folder / "controls.json").write_text(json.dumps(wrote))
+        with sole_writer(folder):
+            assert [one["kind"] for one in steering.controls(folder)["alerts"]] == kinds
+    (folder / "controls.json").write_text(json.dumps({**wrote, "state": "stopped"}))
+    assert steering.controls(folder)["alerts"] == own, "it was stopped by somebody, who knows"
+
+
+def test_an_agent_that_died_is_missed_until_it_is_back_or_the_stage_ends(runs: Path) -> None:
+    def missed() -> list[str]:
+        return [one["text"] for one in steering.controls(folder)["alerts"] if one["kind"] == "agent"]
+
+    folder = lay(runs, "demo/one")
+    with sole_writer(folder):
+        with Present(folder, "scout"):
+            assert missed() == []
+        assert missed() == []
+        (folder / "agents/x.json").write_text('{"name": "scout", "failed": 0}')  # and nobody has locked it
+        assert missed() == ["agent scout is gone: its process ended without a word"]
+        with Present(folder, "kin"):
+            assert len(missed()) == 1
+        with Present(folder, "scout"):
+            assert missed() == []
+        (folder / "agents/x.json").write_text("{")
+        assert missed() == ["agent ? is gone: its process ended without a word"]
+    assert missed() == []
 
 
 def test_the_log_joins_what_was_asked_with_what_became_of_it(runs: Path) -> None:

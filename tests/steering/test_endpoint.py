@@ -311,16 +311,19 @@ def test_a_reply_about_long_ago_is_dropped(tmp_path: Path, endpoints: Callable[[
 def test_an_agent_whose_endpoint_dies_goes_on_asking_until_the_run_ends(
     tmp_path: Path, endpoints: Callable[[Reply], Endpoint], plain: tuple[str, list[dict[str, Any]]]
 ) -> None:
-    stage, said = Beside(tmp_path).paused(), []
+    stage, said, alerts = Beside(tmp_path).paused(), list[str](), list[list[str]]()
     endpoint = endpoints(lambda q, h: (200, b"") if endpoint.close() is None else None)
 
     def say(line: str) -> None:
         said.append(line)
+        alerts.append([one["text"] for one in steering.controls(stage.folder)["alerts"] if one["kind"] == "agent"])
         stage.person({"do": "step", "n": 1} if len(said) < 4 else {"do": "resume"}, wait=False)
 
     assert beside(stage, endpoint.url, say=say, timeout=5.0) == 0
     home = stage.finish()
     assert len(said) >= 4 and all("no answer to use" in line for line in said[:4])
+    assert alerts[1] == [] and "agent agent got no answer to use, 3 times in a row: " in alerts[2][0]
+    assert not list((home / "agents").iterdir())
     assert (digest_of(home), numbers(home)) == plain
 
 

@@ -267,4 +267,5 @@ def parse(value: dict[str, Any], *, place: str) -> Action:
         key = ".".join(str(part) for part in first["loc"])
         got = repr(first.get("input"))
         got = got if len(got) <= 200 else f"{got[:200]} …"
-        raise UserError(f"{place}: {key or 'do'}: {first['msg']} (got {got})") from error
+        said = str(first["msg"]).removeprefix("Value error, ")
+        raise UserError(f"{place}: {key or 'do'}: {said}{'' if got in said else f' (got {got})'}") from error

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from tutelage.base.clock import Span
 from tutelage.core import acts, artifact
+from tutelage.core.alerts import alerts
 from tutelage.core.record import dumps
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def controls(run: Run, *, state: str) -> dict[str, Any]:
         "targets": [target(run, path) for path in acts.steerable(run)],
         "mix": run.steered.mix,
         "sources": run.own(),
+        "drawn": list(run.stream.cursors()),
         "dropped": list(run.steered.dropped),
         "modules": modules(run),
         "saves": [
@@ -42,6 +44,7 @@ def controls(run: Run, *, state: str) -> dict[str, Any]:
         "waiting": [{"id": name, **request} for name, request in standing.waiting.items()],
         "locked": sorted(standing.locked),
         "rules": run.node.stage.steering.model_dump(mode="json"),
+        "alerts": alerts(run),
         "written": time.time(),
     }
 

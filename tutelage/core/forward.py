@@ -18,7 +18,19 @@ from tutelage.core.words import finite, number
 
 EVERY = 5.0  # seconds between looks at the file
 _MODULES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}  # also what pip calls them
-_NUMBERS = ("loss", "grad_norm", "lr", "tokens", "samples", "epochs", "flops", "padding", "tokens_per_second", "length")
+_NUMBERS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "samples",
+    "epochs",
+    "flops",
+    "padding",
+    "tokens_per_second",
+    "length",
+    "memory",
+)
 
 
 class Tracker(Protocol):

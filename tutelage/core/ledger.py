@@ -133,6 +133,7 @@ class Ledger:
             "seconds_measuring_final": final,
             "tokens_per_second": self.train.grown / training if training else None,
             "padding": self.train.padded / self.train.slots if self.train.slots else None,
+            "memory": self.train.memory,
         }
 
     def measuring(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tutelage.base.errors import UserError
-from tutelage.core import checkpoint, steer
+from tutelage.core import checkpoint, memory, steer
 from tutelage.core.acts import base_rate
 from tutelage.core.measure import measure
 from tutelage.core.pace import Pace
@@ -136,6 +136,8 @@ def record(
 ) -> None:
     """One line of metrics a step. With `cursors`, the batch of any tick can be named again."""
     clock = run.clock
+    run.watch.look(clock.tick, numbers)
+    held, peak = memory.in_use(run.engine.device)
     run.metrics.add(
         {
             "kind": "train",
@@ -156,6 +158,8 @@ def record(
             "owed": pace.owed,
             "seconds": pace.training,
             "tokens_per_second": pace.tokens_per_second,
+            "memory": held,
+            "memory_peak": peak,
         }
     )
     pace.owed = run.stream.owed()

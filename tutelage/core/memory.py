@@ -1,4 +1,4 @@
-"""How much memory a step will take, how much there is, and what running out of it looks like.
+"""How much memory a step will take, how much is held, how much there is, and what running out of it looks like.
 
 The estimate traces the model with tensors that have shapes and no contents: what autograd saves for backward is read
 off exactly. The rest is arithmetic.
@@ -10,6 +10,8 @@ import contextlib
 import copy
 import ctypes
 import logging
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,21 @@ def _by_formula(
     width += 4 * parts.hidden * blocks
     saved = width * rows * length * item
     return saved, saved // blocks
+
+
+def in_use(device: torch.device | str) -> tuple[int, int]:
+    """Bytes that this process holds now, and the most it has held: tensors on a GPU, else resident memory. Microseconds."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        found = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]
+        return int(found["current"]), int(found["peak"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        with open("/proc/self/statm", "rb") as handle:
+            now = int(handle.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):  # another system: the peak is all it tells
+        now = peak
+    return now, max(now, peak)
 
 
 def available(device: torch.device | str) -> int:

@@ -7,7 +7,6 @@ import ctypes
 import gc
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -16,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import artifact, execute, hashes, rules
 from tutelage.core.graph import Graph, Node, acts_of_people
 from tutelage.core.loop import Stopped, train
+from tutelage.core.memory import in_use
 from tutelage.core.record import dumps, sole_writer, write_whole
 from tutelage.core.settle import Choose, settle
 from tutelage.core.shard import World
@@ -159,13 +160,27 @@ def run_stage(node: Node, *, world: World, say: Say) -> None:
     if world.rank:
         _work(node, world, say)
         return
-    with sole_writer(node.folder):
+    with sole_writer(node.folder), _told(node.folder / "error.txt"):
         artifact.sweep(node.folder)
         if not (node.folder / "stage.json").exists():
             about = {"fingerprint": node.fingerprint, "parts": node.parts, "stage": node.stage.model_dump(mode="json")}
             write_whole(node.folder / "stage.json", dumps(about))
         if not node.artifact.exists():
             _work(node, world, say)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Leave why a stage ended beside it, for whoever sees only its folder; the next try takes that away."""
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            path.write_text(f"{error}\n" if isinstance(error, UserError) else traceback.format_exc(), encoding="utf-8")
+        raise
 
 
 def _work(node: Node, world: World, say: Say) -> None:
@@ -307,9 +322,9 @@ def _child(node: Node, mouth: socket.socket, parent: int, count: int) -> int:
             signal.signal(number, _leave)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         torch.set_num_threads(count)
-        before = _peak()
+        _, before = in_use("cpu")
         run_stage(node, world=World(), say=say)
-        say({"memory": _peak() - before})
+        say({"memory": float(in_use("cpu")[1] - before)})
         return 0
     except Stopped:
         return STOPPED
@@ -317,16 +332,8 @@ def _child(node: Node, mouth: socket.socket, parent: int, count: int) -> int:
         last_words(str(error))
         return 2
     except BaseException as error:
-        trace = traceback.format_exc()
-        if node.folder and node.folder.is_dir():
-            (node.folder / "error.txt").write_text(trace, encoding="utf-8")
         last_words(f"{type(error).__name__}: {error} (see {node.folder}/error.txt)")
         return 1
-
-
-def _peak() -> float:
-    """The most bytes that this process has held at once."""
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _listen(children: dict[int, Child], tell: Tell) -> list[Child]:

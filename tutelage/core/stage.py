@@ -18,6 +18,7 @@ from tutelage.base.links import stage_of
 from tutelage.base.method import Method
 from tutelage.base.spec import SourceSpec
 from tutelage.core import artifact, checkpoint, micro, parts, randomness, shape, standing, steer
+from tutelage.core.alerts import Watch
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.device import autocast_of, device_of
 from tutelage.core.engine import Engine
@@ -75,6 +76,7 @@ class Run:
     wrapped: dict[str, tuple[nn.Module, Method, nn.Module]] = field(default_factory=dict)  # wrapper, owner, layer
     steered: Steered = field(default_factory=Steered)
     parked: dict[str, dict[str, Any]] = field(default_factory=dict)  # optimizer states of what is frozen, by name
+    watch: Watch = field(default_factory=Watch)  # what of the steps stands out, for people
     shown: float = -1e9  # when the controls were last written
     unsound: bool = False  # the last loss was no number, and nobody has gone back yet
     asked: int = 0  # the tick at which policies were asked last

@@ -22,6 +22,7 @@ class Tally:
     last: dict[str, Any] = field(default_factory=dict)  # counts of the newest row
     slots: float = 0.0  # positions, padding included
     padded: float = 0.0
+    memory: float | None = None  # the most bytes that were held
     grown: float = 0.0  # tokens trained on, those that a rollback took back too
     seconds: float = 0.0  # of training up to the newest row
     loss: list[list[float]] = field(default_factory=list)  # bins: tokens at the end, sum of losses, rows
@@ -56,6 +57,8 @@ class Tally:
         self.grown += more
         for name, share in row.get("weights", {}).items():
             self._shares[name] = self._shares.get(name, 0.0) + more * number(share)
+        if "memory_peak" in row:
+            self.memory = max(self.memory or 0.0, number(row["memory_peak"]))
         places = row["rows"] * row["length"]
         self.slots, self.padded = self.slots + places, self.padded + number(row["padding"]) * places
         self.last = {key: row[key] for key in _COUNTS if key in row}

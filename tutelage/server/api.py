@@ -293,14 +293,5 @@ def _described(desk: Desk, feed: Feed) -> dict[str, Any]:
         "seq": feed.last,
         "loading": feed.loading,
         "faults": [f"metrics.jsonl: {broken} lines are no JSON"] if broken else [],
-        "error": _trace(folder / "error.txt"),
+        "error": watching.last_line(folder / "error.txt"),
     }
-
-
-def _trace(path: Path) -> str | None:
-    """The last line of what a failed stage left."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        return None
-    return lines[-1][:500] if lines else ""

@@ -26,12 +26,14 @@ class Chart:
     always: bool = True  # shown also before it has points
     tiny: bool = False  # numbers such as 3e-4
     percent: bool = False
+    bytes: bool = False  # numbers such as 1.24 GB
 
     def spec(self) -> dict[str, Any]:
         """What page.js needs of it."""
         return asdict(self)
 
 
+MEMORY = {"memory": "in use", "memory_peak": "peak"}
 CHARTS = (
     Chart("loss", "Loss", "nats per token", ("loss",), ("loss/",), {"loss": "all"}),
     Chart("bits", "Bits per byte, held out", "lower is better", (), ("eval/bits_per_byte/",), symbols=True),
@@ -39,11 +41,11 @@ CHARTS = (
     Chart("mix", "Mixture", "share of each source", (), ("weights/",), stack=True, overlay=False, percent=True),
     Chart("norm", "Gradient norm", "before clipping", ("grad_norm",), (), {"grad_norm": "norm"}),
     Chart("speed", "Throughput", "tokens per second", ("tokens_per_second",), (), {"tokens_per_second": "tokens/s"}),
-    Chart("memory", "Memory", "bytes", ("memory",), ("memory/",), {"memory": "in use"}, always=False),
+    Chart("memory", "Memory", "held by the process", tuple(MEMORY), labels=MEMORY, always=False, bytes=True),
 )
 SPARK = Chart("spark", "Loss", "", ("loss",), labels={"loss": "loss"}, overlay=False, bare=True)
-WANTED = ("loss", "lr", "grad_norm", "tokens_per_second", "memory")  # series by name, and these by prefix:
-PREFIXES = ("loss/", "lr/", "weights/", "memory/", "eval/bits_per_byte/")
+WANTED = ("loss", "lr", "grad_norm", "tokens_per_second", *MEMORY)  # series by name, and these by prefix:
+PREFIXES = ("loss/", "lr/", "weights/", "eval/bits_per_byte/")
 
 
 def options(chart: Chart, element: int) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def options(chart: Chart, element: int) -> dict[str, Any]:
         "aria": {"enabled": True, "label": {"description": f"{chart.title}, {chart.unit}, by tick"}},
         "grid": {"left": 8, "right": 12, "top": 14, "bottom": 2, "containLabel": True},
         "xAxis": {"type": "value"},
-        "yAxis": {"type": "value", "scale": not chart.stack, "splitNumber": 3 if chart.bare else 4},
+        "yAxis": {"type": "value", "scale": not (chart.stack or chart.bytes), "splitNumber": 3 if chart.bare else 4},
         "tooltip": tip | {"axisPointer": {"type": "line", "lineStyle": {"opacity": 0.4}}},
         "series": [],
     }

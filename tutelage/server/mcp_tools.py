@@ -128,10 +128,11 @@ class Desk:
 
     def steerable(self, stage: StageRef) -> dict[str, Any]:
         """What can be changed now: values with path, present value, lowest and highest, and what they are; sources and
-        their shares; blocks that can be frozen; and the rules for agents: limits (factors per number of steps), the
-        number of requests allowed, and which actions wait for a person."""
+        their shares; what rows are drawn from (`drawn`: the names that skip_data takes); blocks that can be frozen; and
+        the rules for agents: limits (factors per number of steps), the number of requests allowed, and which actions wait
+        for a person."""
         now = steering.controls(self._folder(stage))
-        keys = ("targets", "mix", "sources", "modules", "locked")
+        keys = ("targets", "mix", "sources", "drawn", "modules", "locked")
         return {**{key: now.get(key) for key in keys}, "rules": (now["rules"] or {}).get("agent")}
 
     async def compare(

@@ -13,7 +13,8 @@ window.tutelage = (() => {
     if (size !== 0 && (size < 1e-3 || size >= 1e7)) return y.toExponential(2);
     return size >= 1000 ? Math.round(y).toLocaleString("en-US") : String(Number(y.toPrecision(4)));
   };
-  const short = (spec) => (y) => spec.percent ? `${Math.round(100 * y)} %` : spec.tiny && y ? y.toExponential(1).replace("e-", "e−") : number(y);
+  const size = (y) => { const [by, unit] = [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]].find(([by]) => y >= by) ?? [1, "B"]; return `${Number((y / by).toPrecision(3))} ${unit}`; };
+  const short = (spec) => (y) => spec.bytes ? size(y) : spec.percent ? `${Math.round(100 * y)} %` : spec.tiny && y ? y.toExponential(1).replace("e-", "e−") : number(y);
   const found = (id) => getElement(id)?.chart;
 
   function belongs(spec, name) {
@@ -56,7 +57,7 @@ window.tutelage = (() => {
     const at = params[0]?.axisValue ?? 0, span = Math.max(1, (ends.last ?? 0) - (ends.first ?? 0));
     const spec = charts.get(id);
     const rows = params.filter((p) => p.value[1] !== null).map((p) =>
-      `<div class="line ends" style="gap:1.4rem"><span>${p.marker}${esc(p.seriesName)}</span><b>${(spec.percent ? short(spec) : number)(p.value[1])}</b></div>`);
+      `<div class="line ends" style="gap:1.4rem"><span>${p.marker}${esc(p.seriesName)}</span><b>${(spec.percent || spec.bytes ? short(spec) : number)(p.value[1])}</b></div>`);
     const near = marks.filter((m) => Math.abs(m.x - at) <= span * 0.012 && (m.kind !== "nan" || belongs(spec, m.series))).slice(0, 4).map((m) =>
       `<div style="max-width:22rem;white-space:normal;border-top:1px solid ${css("--line")};margin-top:.3rem;padding-top:.3rem">${esc(m.text)}</div>`);
     return `<div class="soft">tick ${number(Math.round(at))}</div>${rows.join("")}${near.join("")}`;

@@ -81,14 +81,11 @@ def mount(app: FastAPI) -> House:
     @ui.page("/", title="Tutelage")
     async def first(request: Request) -> None:
         name = await house.newest()
-        return await open_page(house, request, name) if name else nothing(house)
+        return await shown(house, request, name) if name else nothing(house)
 
     @ui.page("/stage/{run}/{stage}", title="Tutelage")
     async def one(request: Request, run: str, stage: str) -> None:
-        try:
-            return await open_page(house, request, f"{run}/{stage}")
-        except UserError as error:
-            return nothing(house, str(error))
+        return await shown(house, request, f"{run}/{stage}")
 
     ui.run_with(
         app,
@@ -125,6 +122,14 @@ def nothing(house: House, said: str = "") -> None:
         text(said or f"No stage has begun in {house.desk.runs} yet. Start one with: tutelage run RECIPE", "soft", "p")
         if said:
             ui.link("To what is running", "/")
+
+
+async def shown(house: House, request: Request, name: str) -> None:
+    """The page of a stage, or why there is none."""
+    try:
+        return await open_page(house, request, name)
+    except UserError as error:
+        return nothing(house, str(error))
 
 
 async def open_page(house: House, request: Request, name: str) -> None:

@@ -30,14 +30,23 @@ SKIP = {"skip": "Go past the data seen since, instead of training on them again"
 
 
 async def answered(viewer: Viewer, do: list[dict[str, Any]], *, dry: bool = False, why: str = "") -> dict[str, Any]:
-    """Send in the viewer's name, and wait for the answer. WRONG where it cannot be sent."""
+    """Send in the viewer's name, and wait for the answer. WRONG where it cannot be sent, or nobody would answer."""
     desk, folder = viewer.house.desk, viewer.live.folder
+    if not viewer.live.live:
+        raise UserError(f"this stage is {viewer.live.state}: nothing is changed now")
     id = await desk.act(viewer.who, folder, do, why=why, dry=dry, address=viewer.address)
     until = time.monotonic() + PATIENCE
     found: dict[str, Any] = {"id": id, "state": "pending"}
     while found["state"] == "pending" and time.monotonic() < until and not viewer.gone:
         found = await desk.answer(folder, id, seconds=5.0)
+        if found["state"] == "pending" and not viewer.live.live:
+            raise UserError(f"the stage is {viewer.live.state} now; the request waits there until it is run again")
     return found
+
+
+def wrong(error: Exception) -> str:
+    """What is wrong with a request, without saying that it is one."""
+    return str(error).removeprefix("request: ")
 
 
 def effects_of(answer: dict[str, Any]) -> list[list[str]]:
@@ -132,14 +141,14 @@ class Ask:
         try:
             answer = await answered(self.viewer, self.do, dry=True)
         except WRONG as error:
-            return self._say(str(error), "bad")
+            return self._say(wrong(error), "bad")
         if self.dialog.is_deleted:
             return None
         self.possible = answer["state"] in ("dry", "waiting")
         self.effect.clear()
         with self.effect:
             if answer["state"] == "refused":
-                text(str(answer.get("error", "refused")), "bad")
+                text(str(answer.get("error") or "refused"), "bad")
             elif answer["state"] == "waiting":
                 text(f"A person must approve this first: {answer.get('error', '')}", "warn")
             show_effects(answer)
@@ -165,7 +174,7 @@ async def act(viewer: Viewer, do: list[dict[str, Any]], *, title: str, why: str 
     try:
         answer = await answered(viewer, do, why=why)
     except WRONG as error:
-        viewer.say(f"{title}: {error}", "bad")
+        viewer.say(f"{title}: {wrong(error)}", "bad")
         return None
     state, where = answer["state"], f"at tick {answer.get('tick', '–')}"
     reason = f": {answer['error']}" if answer.get("error") else ""

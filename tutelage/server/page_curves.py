@@ -37,7 +37,7 @@ class Curves(Panel):
                     charts.place(chart)
                 self.cards[chart.key] = card
                 card.set_visibility(chart.always)
-            with box("card span2", "section", label="forgetting matrix"):
+            with box("card", "section", label="forgetting matrix") as self.last:
                 with box("line ends"):
                     text("Forgetting matrix", tag="h3")
                     text("bits per byte after each stage; the deeper, the further from its best", "soft small")
@@ -68,6 +68,8 @@ class Curves(Panel):
             if not chart.always:
                 names = [n for n in live.series if n in chart.names or n.startswith(chart.prefixes)]
                 self.cards[chart.key].set_visibility(bool(names))
+        wide = sum(card.visible for card in self.cards.values()) % 2 == 0  # else the room beside the last chart is left
+        self.last.classes(add="span2" if wide else "", remove="" if wide else "span2")
         if self.changed(len(live.evals), live.state):
             self.more = asyncio.create_task(self._matrix())
 

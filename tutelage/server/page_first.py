@@ -21,7 +21,7 @@ class First:
     def __init__(self, viewer: Viewer) -> None:
         self.viewer = viewer
         self.kept_seen: list[Column] | None = None
-        self.alerts_seen: list[str] = []
+        self.alerts_seen: list[tuple[str, bool]] = []
 
     def build(self) -> None:
         self.alerts = box("", role="alert")
@@ -117,19 +117,17 @@ class First:
         return f"{change} {'kept' if column.lost > -0.0005 else 'better'}", "num good small"
 
     def _alerts(self) -> None:
-        live = self.viewer.live
-        found = live.alerts() + [
-            f"{c.name} has lost {bits(c.lost)} bits per byte" for c in live.columns() if c.alarm and c.named
-        ]
+        found = self.viewer.live.alerts()
         if found == self.alerts_seen:
             return
         self.alerts_seen = found
         self.alerts.clear()
         with self.alerts:
-            if found:
-                with box("alert pile tight"):
-                    for said in found:
-                        text(f"▲ {said}")
+            for grave, look in ((True, "alert"), (False, "alert mild")):
+                if said := [one for one, hurts in found if hurts == grave]:
+                    with box(f"{look} pile tight"):
+                        for one in said:
+                            text(f"{'▲' if grave else '●'} {one}")
 
     # -- the three buttons ------------------------------------------------------------------------------------------
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tutelage import steering
+from tutelage import steering, watching
+from tutelage.base.errors import UserError
 from tutelage.core.ledger import BITS, Ledger
-from tutelage.core.words import amount, duration, finite, number
+from tutelage.core.words import amount, finite, number
 from tutelage.server.charts import PREFIXES, WANTED
 from tutelage.server.feed import Feed
 from tutelage.server.page_words import spell
@@ -19,7 +21,6 @@ from tutelage.server.thin import MOST, Thin
 
 EVERY = 0.8  # seconds between two readings, however many look
 LOST = 0.05  # bits per byte above which a column is marked where the recipe names no alarm
-SILENT = 120.0  # seconds without a word after which a running stage is said to be silent
 RECENT = 100  # steps that the time left is told from
 NAMES = (*WANTED, *PREFIXES)
 POINT = ("seq", "tick", "step", "tokens", "value")
@@ -50,6 +51,7 @@ class Live:
         self.evals: list[dict[str, Any]] = []
         self.controls = steering.controls(feed.folder)
         self.entries: list[dict[str, Any]] = []  # what was asked, and what became of it
+        self.torn = ""  # why that cannot be read
         self.last: dict[str, Any] = {}  # the last step
         self.recent: list[
             tuple[float, float, float]
@@ -83,7 +85,11 @@ class Live:
             return
         self.controls = feed.controls or steering.controls(self.folder)
         if len(feed.journal) != self._lines or self._version == -1:
-            self._lines, self.entries = len(feed.journal), steering.log(self.folder)
+            self._lines = len(feed.journal)
+            try:
+                self.entries, self.torn = steering.log(self.folder), ""
+            except (UserError, ValueError, KeyError) as error:  # the rest of the page is still worth seeing
+                self.torn = f"journal.jsonl or an answer is damaged, so the log is not up to date: {error}"
         if feed.loading is not None:
             self._sketch()
         else:
@@ -163,8 +169,9 @@ class Live:
 
     def description(self) -> dict[str, Any]:
         """The stage as its recipe has it."""
-        if not self._about and (path := self.folder / "stage.json").exists():
-            self._about = json.loads(path.read_text(encoding="utf-8")).get("stage", {})
+        if not self._about:
+            with contextlib.suppress(UserError):
+                self._about = (watching.read(self.folder / "stage.json") or {}).get("stage", {})
         return self._about
 
     def _at(self, name: str) -> Thin:
@@ -199,17 +206,12 @@ class Live:
 
     @property
     def state(self) -> str:
-        found = str(self.controls["state"])
+        found = "unreadable" if self.feed.fault else str(self.controls["state"])
         return "failed" if found == "stopped" and (self.folder / "error.txt").exists() else found
 
     @property
     def live(self) -> bool:
-        return bool(self.controls["live"])
-
-    def silent(self) -> float:
-        """Seconds since a live stage last said something, 0 where it is not long."""
-        age = time.time() - number(self.controls["written"])
-        return age if self.live and self.controls["written"] and age > SILENT else 0.0
+        return bool(self.controls["live"]) and not self.feed.fault
 
     def rate(self) -> float:
         """The rate in use: what the next step will use, where the trainer says it; else that of the last step."""
@@ -253,18 +255,13 @@ class Live:
             found.append(Column(name, number(value), lost, name in own, known, alarm, named, curve))
         return sorted(found, key=lambda c: (not c.known, c.own, -c.lost if finite(c.lost) else 0.0))
 
-    def alerts(self) -> list[str]:
-        """What somebody should look at now."""
-        found = [str(text) for text in self.controls.get("alerts") or []]
-        if self.feed.fault:
-            found.append(self.feed.fault)
-        if self.silent():
-            found.append(f"the trainer has said nothing for {duration(self.silent())}")
-        if self.last and not finite(self.last.get("loss")):
-            found.append(f"the loss of the last step is not a number (tick {self.last.get('tick')})")
-        error = self.folder / "error.txt"
-        if self.state == "failed" and error.exists():
-            found.append((error.read_text(encoding="utf-8").strip().splitlines() or ["failed"])[-1])
+    def alerts(self) -> list[tuple[str, bool]]:
+        """What somebody should look at now, in words, and whether it is grave."""
+        found = [(self.feed.fault, True)] if self.feed.fault else []
+        found += [(str(one["text"]), bool(one["grave"])) for one in self.controls["alerts"] if not self.feed.fault]
+        found += [(self.torn, False)] if self.torn else []
+        if self.feed.loading is None and (broken := self.feed.table.broken):
+            found.append((f"metrics.jsonl is damaged: {broken} of its lines cannot be read and are left out", False))
         return list(dict.fromkeys(found))
 
     def trend(self) -> str:

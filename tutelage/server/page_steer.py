@@ -10,16 +10,16 @@ from tutelage.core.words import number, percent
 from tutelage.server.page_act import BACK, SKIP, Ask, act, back_to_before
 from tutelage.server.page_bits import box, button, field, text
 from tutelage.server.page_panel import Panel
-from tutelage.server.page_words import plain, rate, spell
+from tutelage.server.page_words import MANY, bounds, plain, rate, rules_said, spell
 
 RATES = ("optim.lr", "optim.base")
-MANY = {"agent": "agents", "policy": "policies"}
 
 
 class Steer(Panel):
     title = "Steer"
 
     def build(self) -> None:
+        self.over = text("", "soft").style("margin-bottom: .8rem")
         with box("grid2"):
             with box("pile wide"):
                 self.waiting = box("", "section", label="waiting for a person")
@@ -42,7 +42,7 @@ class Steer(Panel):
                     self._stage()
                 with box("card pile", "section", label="data"):
                     text("Data", tag="h3")
-                    self._data()
+                    self.data = box("pile")
                 with box("card pile", "section", label="who may steer"):
                     text("Who may steer", tag="h3")
                     self.rules = box("pile")
@@ -56,23 +56,33 @@ class Steer(Panel):
         """Build anew only what changed, so that what somebody is typing stays."""
         live = self.viewer.live
         now = live.controls
+        self.over.set_text(
+            ""
+            if live.live
+            else f"This stage is {live.state}: nothing here is changed. A branch (Try) goes on from a save."
+        )
+        self.over.set_visibility(not live.live)
         self._once(
             "values",
             [live.live, *({k: v for k, v in t.items() if k not in ("now", "groups")} for t in now["targets"])],
             self.values,
             self._values,
         )
-        self._once("mix", [sorted(live.shares()), live.live], self.mixture, self._mixture)
+        self._once("mix", [now["sources"], sorted(live.shares()), live.live], self.mixture, self._mixture)
+        self._once("data", [now[key] for key in ("sources", "drawn", "dropped")], self.data, self._data)
         self._once("parts", now["modules"], self.parts, self._parts)
         self._once("waiting", now["waiting"], self.waiting, self._waiting)
         undoable = [e["id"] for e in live.entries if e.get("state") == "applied"][-4:]
         self._once("back", [now["saves"], undoable], self.back, self._back)
         self._once("rules", [now["locked"], now["rules"]], self.rules, self._rules)
+        _, done = live.progress()
+        self.end.set_text(f"Done: {done}." if now["total"] else "")
         for path, label in self.used.items():
             value = live.target(path).get("now")
             label.set_text(rate(value) if path in RATES else plain(value))
+        mix, _ = self._mix()
         for name, label in self.shares.items():
-            label.set_text(f"now {percent(live.shares().get(name))}")
+            label.set_text(f"now {percent(mix.get(name))}")
 
     used: dict[str, Any]
     shares: dict[str, Any]
@@ -105,7 +115,7 @@ class Steer(Panel):
                     text(str(target.get("says") or ""), "soft small")
                 with box():
                     self.used[target["path"]] = text(plain(target["now"]), "strong num")
-                    text(_bounds(target), "soft small")
+                    text(bounds(target), "soft small")
                 button(
                     "Change …",
                     lambda t=target: self._change(self.viewer.live.target(t["path"]) or t),
@@ -119,15 +129,18 @@ class Steer(Panel):
         with self.viewer.root, ui.dialog() as dialog, box("t-dialog pile wide"):
             dialog.on("hide", dialog.delete)
             text(f"Change {path}", tag="h2")
-            text(f"{target.get('says') or ''} Now {plain(target['now'])}. {_bounds(target)}", "soft", "p")
+            write = rate if path in RATES else plain
+            said = [str(target.get("says") or ""), f"now {write(target['now'])}", bounds(target)]
+            text("; ".join(part for part in said if part), "soft", "p")
             value = field("New value", plain(target["now"])).props("autofocus inputmode=decimal")
             wrong = text("", "bad small")
 
             async def further() -> None:
-                to = number(value.value)
+                span = target.get("kind") == "span"  # the trainer reads it, and says what is wrong with it
+                to = str(value.value).strip() if span else number(value.value)
                 low, high = number(target.get("low")), number(target.get("high"))
-                if to != to or to < low or to > high:
-                    wrong.set_text(f"A number is needed, {_bounds(target) or 'any'}.")
+                if isinstance(to, float) and (to != to or to < low or to > high):
+                    wrong.set_text(f"A number is needed, {bounds(target) or 'any'}.")
                     return
                 dialog.close()
                 await self.ask(
@@ -136,16 +149,25 @@ class Steer(Panel):
 
             value.on("keydown.enter", further)
             with box("line wrap"):
-                for by in (0.5, 0.8, 1.25, 2.0):
+                for by in (0.5, 0.8, 1.25, 2.0) if number(target["now"]) else ():
                     button(f"× {by:g}", lambda by=by: value.set_value(f"{number(target['now']) * by:.6g}"), "tiny")
             with box("line").style("justify-content: flex-end"):
                 button("Cancel", dialog.close, "plain")
                 button("See what it does", further, "main")
         dialog.open()
 
+    def _mix(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Shares of the sources that can be mixed, together one; and what of a batch methods take before for their own."""
+        live = self.viewer.live
+        shares, own = live.shares(), live.controls["sources"]
+        mixed = {name: shares.get(name, 0.0) for name in own}
+        whole = sum(mixed.values()) or 1.0
+        taken = {name: share for name, share in shares.items() if name not in own} if own else {}
+        return {name: share / whole for name, share in mixed.items()}, taken
+
     def _mixture(self) -> None:
         self.shares = {}
-        mix = self.viewer.live.shares()
+        mix, taken = self._mix()
         if not mix:
             text("Not known before the stage runs.", "soft")
             return
@@ -156,6 +178,8 @@ class Steer(Panel):
                 self.shares[name] = text("", "soft small")
                 fields[name] = field("share", f"{100 * number(share):.4g}").props('suffix="%"').style("width: 7rem")
                 fields[name].props["aria-label"] = f"share of {name}, percent"
+        for name, share in taken.items():
+            text(f"{name}: a method takes {percent(share)} of every batch before these", "soft small")
 
         async def send() -> None:
             shares = {name: number(one.value) / 100 for name, one in fields.items()}
@@ -262,7 +286,8 @@ class Steer(Panel):
             "They may ask again." if locked else "Everything that agents and policies ask for is refused from now on."
         )
         title = "Let agents and policies steer" if locked else "Stop agents and policies"
-        button(title, lambda: self.ask([do], title=title, says=says), "tiny" if locked else "tiny risk")
+        with box("line"):
+            button(title, lambda: self.ask([do], title=title, says=says), "tiny" if locked else "tiny risk")
 
     # -- the rest ---------------------------------------------------------------------------------------------------
 
@@ -271,6 +296,7 @@ class Steer(Panel):
             button("Save now", lambda: act(self.viewer, [{"do": "save"}], title="Save"), "tiny")
             button("Measure now", lambda: act(self.viewer, [{"do": "eval"}], title="Measure"), "tiny")
             button("One step, then pause", lambda: act(self.viewer, [{"do": "step", "n": 1}], title="One step"), "tiny")
+        self.end = text("", "soft small")
         with box("line"):
             until = field("New end, such as 2Mtok or 500step", classes="grow")
             button(
@@ -292,23 +318,41 @@ class Steer(Panel):
             button("Note", lambda: act(self.viewer, [{"do": "note", "text": remark.value}], title="Note"), "tiny")
 
     def _data(self) -> None:
+        now = self.viewer.live.controls
+        drawn, sources = now["drawn"], now["sources"]
+        if not sources:
+            text("Not known before the stage runs.", "soft")
+            return
         with box("line"):
-            source = field("Source", classes="grow")
-            rows = field("Rows").style("width: 6rem")
+            rows_of = _choice("Rows of", sorted(drawn, key=lambda name: name.partition(":")[0] not in sources))
+            rows = field("Rows").props("inputmode=numeric").style("width: 6rem")
 
             async def skip() -> None:
-                many = int(number(rows.value)) if number(rows.value) == number(rows.value) else 0
-                await self.ask(
-                    [{"do": "skip_data", "source": source.value, "rows": many}], title=f"Go past {many} rows"
-                )
+                if not number(rows.value) >= 1:
+                    return self.viewer.say("How many rows? A number from 1", "bad")
+                do = {"do": "skip_data", "source": rows_of.value, "rows": int(number(rows.value))}
+                return await self.ask([do], title=f"Go past {do['rows']:,} rows of {do['source']}")
 
             button("Skip …", skip, "tiny risk")
+        with box("line"):
+            source = _choice("Source", sources)
             drop = "Its share goes to the others."
-            button(
-                "Drop …",
-                lambda: self.ask([{"do": "drop_source", "name": source.value}], title="Drop a source", says=drop),
-                "tiny risk",
-            )
+
+            async def leave() -> None:
+                do = {"do": "drop_source", "name": source.value}
+                await self.ask([do], title=f"Drop the source {source.value}", says=drop)
+
+            button("Drop …", leave, "tiny risk").set_enabled(len(sources) > 1)
+        for gone in now["dropped"]:
+            with box("line ends"):
+                text(f"{gone} was dropped", "small cut")
+                back = [{"do": "add_source", "name": gone}]
+                button(
+                    "Take back …",
+                    lambda d=back, n=gone: self.ask(d, title=f"Take {n} back"),
+                    "tiny",
+                    label=f"take {gone} back",
+                )
         with box("line wrap"):
             name = field("New source").style("flex: 1 1 8rem")
             path = field("Path, as under data:").style("flex: 2 1 10rem")
@@ -330,30 +374,7 @@ class Steer(Panel):
             button("Add …", add, "tiny")
 
 
-def _bounds(target: dict[str, Any]) -> str:
-    low, high = target.get("low"), target.get("high")
-    if low is None and high is None:
-        return ""
-    if high is None:
-        return f"{plain(low)} or more"
-    return f"{plain(high)} or less" if low is None else f"from {plain(low)} to {plain(high)}"
-
-
-def rules_said(rules: dict[str, Any]) -> list[str]:
-    """What a stage's `steering` allows, a sentence an actor."""
-    found = []
-    for actor, many in MANY.items():
-        rule = rules.get(actor)
-        if not rule:
-            continue
-        limits = [
-            f"{path} × {plain(limit['by'][0])} to × {plain(limit['by'][1])} within {limit['per']}"
-            for path, limit in (rule.get("limits") or {}).items()
-        ]
-        waits = [name.replace("_", " ") for name in rule.get("approve") or []]
-        parts = [", ".join(limits) or "no limits", f"at most {rule.get('budget', 0):,} requests"]
-        parts += [f"{', '.join(waits)} wait for a person"] if waits else []
-        found.append(f"{many.capitalize()}: {'; '.join(parts)}.")
-    if rules.get("hold"):
-        found.append(f"What a person set is theirs for {rules['hold']}.")
-    return [*found, *(["Policies only follow what the recipe says they did."] if rules.get("replay") else [])]
+def _choice(label: str, names: list[str]) -> ui.select:
+    """One of the names that the trainer takes here."""
+    found = ui.select(names, value=names[0] if names else None, label=label)
+    return found.props("outlined dense options-dense").classes("grow")

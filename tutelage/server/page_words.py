@@ -7,6 +7,8 @@ from typing import Any
 
 from tutelage.core.words import finite, number
 
+MANY = {"agent": "agents", "policy": "policies"}
+
 
 def rate(value: Any) -> str:
     """A learning rate as people write it: `3.00e-4`; zero, and what is no number, as it is."""
@@ -43,3 +45,33 @@ def _spell(act: dict[str, Any]) -> str:
         return f"{act.get('path')} = {plain(act.get('to'))}"
     rest = ", ".join(f"{k} {plain(v)}" for k, v in act.items() if k != "do" and v not in (None, "", False, {}, []))
     return f"{kind.replace('_', ' ')} {rest}".strip()
+
+
+def bounds(target: dict[str, Any]) -> str:
+    """The bounds of a value, as words; empty where it has none."""
+    low, high = target.get("low"), target.get("high")
+    if low is None and high is None:
+        return ""
+    if high is None:
+        return f"{plain(low)} or more"
+    return f"{plain(high)} or less" if low is None else f"from {plain(low)} to {plain(high)}"
+
+
+def rules_said(rules: dict[str, Any]) -> list[str]:
+    """What a stage's `steering` allows, a sentence an actor."""
+    found = []
+    for actor, many in MANY.items():
+        rule = rules.get(actor)
+        if not rule:
+            continue
+        limits = [
+            f"{path} × {plain(limit['by'][0])} to × {plain(limit['by'][1])} within {limit['per']}"
+            for path, limit in (rule.get("limits") or {}).items()
+        ]
+        waits = [name.replace("_", " ") for name in rule.get("approve") or []]
+        parts = [", ".join(limits) or "no limits", f"at most {rule.get('budget', 0):,} requests"]
+        parts += [f"{', '.join(waits)} wait for a person"] if waits else []
+        found.append(f"{many.capitalize()}: {'; '.join(parts)}.")
+    if rules.get("hold"):
+        found.append(f"What a person set is theirs for {rules['hold']}.")
+    return [*found, *(["Policies only follow what the recipe says they did."] if rules.get("replay") else [])]
