@@ -27,7 +27,7 @@ from tutelage.catalog import rows
 from tutelage.claims import index_text, verdicts
 from tutelage.core import ledger, stats
 from tutelage.core.graph import Graph
-from tutelage.core.record import read_lines, write_whole
+from tutelage.core.record import newest_line, write_whole
 from tutelage.core.run import run_graph
 from tutelage.core.words import finite
 
@@ -195,8 +195,8 @@ class Trials:
 
     def values(self, stage: str) -> dict[str, float]:
         """What was measured when the stage ended."""
-        rows = [row for row in read_lines(self.folder(stage) / "metrics.jsonl") if row["kind"] == "eval"]
-        return {key: float(value) for key, value in rows[-1]["values"].items() if finite(value)}
+        last = newest_line(self.folder(stage) / "metrics.jsonl", kind="eval")
+        return {key: float(value) for key, value in last["values"].items() if finite(value)}
 
     def cost(self, stage: str, *, shared: set[str]) -> dict[str, float]:
         """Of a trial and all that it alone needed."""

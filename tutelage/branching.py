@@ -11,6 +11,7 @@ from rich.console import Console
 from tutelage.base import load
 from tutelage.base.clock import Clock, Span
 from tutelage.base.errors import UserError
+from tutelage.base.marked import plain
 from tutelage.base.spec import Recipe, SourceSpec
 from tutelage.core import artifact
 from tutelage.core.elsewhere import at_step, saved_steps
@@ -38,10 +39,10 @@ def branch_stage(stage: str, recipe: Path, *, step: int | None, sets: list[str],
     sets = [text if text.partition("=")[0].split(".")[0] in _TOP else f"stages.{name}.{text}" for text in sets]
     source = at_step(node, step)  # now: a later save must not take the step away
     tree, notes = _tree(node, step, stage_name=f"{folder.parent.parent.name}/{folder.parent.name}", sets=sets)
-    plain = load.load(tree)
+    before = load.load(tree)
     made = load.load(tree, sets=sets)
     changed = difference(
-        plain.model_dump(mode="json")["stages"][name], made.model_dump(mode="json")["stages"][name], limit=20
+        before.model_dump(mode="json")["stages"][name], made.model_dump(mode="json")["stages"][name], limit=20
     )
     head = [
         f"# written by: tutelage branch {stage} {recipe} --step {step}",
@@ -59,15 +60,14 @@ def branch_stage(stage: str, recipe: Path, *, step: int | None, sets: list[str],
 
 
 def _yaml(recipe: Recipe) -> str:
-    tree = recipe.model_dump(mode="json", exclude_defaults=True)
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(plain(recipe, bare=True), sort_keys=False, allow_unicode=True, width=110)
 
 
 def _tree(node: Node, step: int, *, stage_name: str, sets: list[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The branch's recipe as a tree, with a note on everything that is taken along, changed or impossible."""
     assert node.folder is not None
     facts = artifact.load_state(node.folder / "state" / f"{step:09d}")[1]
-    stage = node.stage.model_dump(mode="json", exclude_defaults=True)
+    stage = plain(node.stage, bare=True)
     notes = [("kept", "weights, tokenizer")]
     stage.pop("tokenizer", None)  # the start's own now
     wrapped = [method.name() for method in methods_of(node.name, node.stage).having("wrap")]
@@ -111,7 +111,7 @@ def _tree(node: Node, step: int, *, stage_name: str, sets: list[str]) -> tuple[d
 
 def _spec(node: Node, spec: SourceSpec) -> dict[str, Any]:
     """A source as a recipe of its own can name it: rows that a stage made are read from where they lie."""
-    tree = spec.model_dump(mode="json", exclude_defaults=True)
+    tree: dict[str, Any] = plain(spec, bare=True)
     rows = node.rows_of(spec)
     if rows is not None:
         tree.pop("stage")

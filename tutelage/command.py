@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from functools import partial
@@ -22,7 +23,7 @@ from tutelage.core import compare, forward, quantized, report
 from tutelage.core.flops import measured_peak
 from tutelage.core.graph import Drift, Graph
 from tutelage.core.record import write_whole
-from tutelage.core.run import STOPPED, run_graph
+from tutelage.core.run import STOPPED, Result, run_graph
 from tutelage.core.settle import look
 from tutelage.core.shard import World
 from tutelage.display import Display
@@ -53,15 +54,17 @@ def run_recipe(
     with Display(console if world.rank == 0 else Console(quiet=True), peak=peak) as display:
         if drift == "refuse" and world.size == 1 and sys.stdin.isatty() and console.is_terminal:
             drift = partial(ask, display=display)
-        result = run_graph(graph, only=only, jobs=jobs, drift=drift, tell=display.tell)
+        result = Result()
+        try:
+            run_graph(graph, only=only, jobs=jobs, drift=drift, tell=display.tell, result=result)
+        except Exception:
+            if (result.failed or result.done) and not world.rank:
+                with contextlib.suppress(UserError):  # a full disk, say, which is what is told of anyway
+                    _report(graph, result, recipe, sets=sets, runs=runs)
+            raise
     if world.rank:
         return 0 if result.done or result.reused else 1
-    home = runs / graph.name
-    write_recipe(recipe, sets=sets, home=home)
-    look(graph)
-    data = report.write(graph, home, failed=result.failed)
-    console.print(report.short(data))
-    console.print(f"Report: {home / 'report.html'} (numbers: report.json beside it)", soft_wrap=True)
+    _report(graph, result, recipe, sets=sets, runs=runs)
     again = " ".join(["tutelage", *sys.argv[1:]])
     for name, why in result.failed.items():
         Console(stderr=True, highlight=False).print(f"[red]error:[/] stage {name}: {why}", soft_wrap=True)
@@ -71,6 +74,16 @@ def run_recipe(
         console.print(f"Stopped and saved: {', '.join(result.stopped)}. To go on: {again}", soft_wrap=True)
         return STOPPED
     return 0
+
+
+def _report(graph: Graph, result: Result, recipe: Path, *, sets: list[str], runs: Path) -> None:
+    """Write the report of what is done and what failed, and show it in short."""
+    home = runs / graph.name
+    write_recipe(recipe, sets=sets, home=home)
+    look(graph)
+    data = report.write(graph, home, failed=result.failed)
+    console.print(report.short(data))
+    console.print(f"Report: {home / 'report.html'} (numbers: report.json beside it)", soft_wrap=True)
 
 
 def ask(found: Drift, *, display: Display) -> str:

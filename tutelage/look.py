@@ -17,7 +17,7 @@ from tutelage.core import artifact, elsewhere
 from tutelage.core.graph import Node, methods_of
 from tutelage.core.parts import Parts
 from tutelage.core.prefix import prefixed
-from tutelage.core.record import Journal, read_lines
+from tutelage.core.record import Journal, each_line, newest_line, read_lines
 from tutelage.core.stage import Corpora, processor_of, start_of
 from tutelage.core.stream import Stream
 from tutelage.core.words import amount
@@ -77,12 +77,9 @@ def digest_of(folder: Path) -> str:
 
 def overview(folder: Path, console: Console) -> None:
     about: dict[str, Any] = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
-    rows = read_lines(folder / "metrics.jsonl")
-    train = [row for row in rows if row["kind"] == "train"]
-    evals = [row for row in rows if row["kind"] == "eval"]
+    last, measured = (newest_line(folder / "metrics.jsonl", kind=kind) for kind in ("train", "eval"))
     console.print(f"{folder}  {'done' if (folder / 'artifact').exists() else 'unfinished'}  {about['fingerprint']}")
-    if train:
-        last = train[-1]
+    if last:
         console.print(
             f"step {last['step']}  {last['tokens']:,} tokens  {last['flops']:.3g} FLOPs  loss {last['loss']:.4f}"
         )
@@ -90,7 +87,7 @@ def overview(folder: Path, console: Console) -> None:
             console.print(f"memory: {amount(last['memory'])}B in use, {amount(last['memory_peak'])}B at most")
     for one in watching.controls(folder)["alerts"]:
         console.print(alerted(one).strip(), soft_wrap=True, markup=False)
-    for name, value in (evals[-1]["values"] if evals else {}).items():
+    for name, value in measured.get("values", {}).items():
         console.print(f"  {name}  {value:.4f}" if isinstance(value, float) else f"  {name}  {value}")
     for line in read_lines(folder / "journal.jsonl"):
         console.print(
@@ -100,10 +97,11 @@ def overview(folder: Path, console: Console) -> None:
 
 def batch_of(folder: Path, tick: int) -> list[str]:
     """The rows that the step ending at `tick` saw, named: its draw is repeated from the cursors that it logged."""
-    rows = {row["tick"]: row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "train"}
-    if tick not in rows:
-        raise UserError(f"{folder} has no tick {tick} (it has 1 to {max(rows, default=0)})")
-    node, row = node_of(folder), rows[tick]
+    place = folder / "metrics.jsonl"
+    row = next((row for row in each_line(place, kind="train") if row["tick"] == tick), None)
+    if row is None:
+        raise UserError(f"{folder} has no tick {tick} (it has 1 to {newest_line(place, kind='train').get('tick', 0)})")
+    node = node_of(folder)
     start, config = start_of(node)
     processor = processor_of(node, start, config, say=lambda said: None)
     methods, sources = methods_of(node.name, node.stage), {}

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tutelage.base import load
 from tutelage.base.errors import UserError
+from tutelage.base.marked import plain
 from tutelage.base.spec import Recipe
 from tutelage.core.graph import methods_of
 from tutelage.core.pace import UNKNOWN
@@ -30,7 +31,10 @@ def retell(reference: str, *, out: Path, runs: Path, console: Console) -> None:
     if not (home / "recipe.yaml").exists():
         raise UserError(f"{home / 'recipe.yaml'} is missing: it is what the actions are added to")
     recipe = load.load(home / "recipe.yaml")
-    tree = recipe.model_dump(mode="json", exclude_defaults=True)
+    tree = plain(recipe, bare=True)
+    for name, stage in recipe.stages.items():
+        if stage.until is None:  # a length that is not written would be that of what the stage starts from
+            tree["stages"][name]["length"] = stage.length
     stages = tree.pop("stages")
     text = [f"# written by: tutelage new recipe --from {reference}", *_dump(tree), "stages:"]
     count = 0
@@ -69,10 +73,10 @@ def actions(lines: list[Line]) -> list[tuple[dict[str, Any], str]]:
         for act in line["do"]:
             for one in act["acts"] if act["do"] == "undo" else [act]:
                 if one["do"] not in _SILENT and not (one["do"] == "branch" and not saves(one)):
-                    plain = {key: value for key, value in one.items() if value is not None}
-                    plain = {"do": "save"} if one["do"] == "branch" else plain
+                    said = {key: value for key, value in one.items() if value is not None}
+                    said = {"do": "save"} if one["do"] == "branch" else said
                     note = f"{who}, undoing {act['id']}" if act["do"] == "undo" else who
-                    entry = {"tick": line["tick"], **plain} | ({"why": why} if why else {})
+                    entry = {"tick": line["tick"], **said} | ({"why": why} if why else {})
                     found.append((entry, f"{note}: {why}" if why else note))
     return found
 

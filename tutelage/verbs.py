@@ -20,7 +20,7 @@ from tutelage.core import artifact
 from tutelage.core.elsewhere import at_step, newest, saved_steps
 from tutelage.core.execute import card
 from tutelage.core.identity import weights_id
-from tutelage.core.record import disk_errors, dumps, read_lines, sole_writer, write_whole
+from tutelage.core.record import disk_errors, dumps, each_line, newest_line, sole_writer, write_whole
 from tutelage.look import folder_of, node_of
 from tutelage.modalities.text import tokenizer
 
@@ -108,7 +108,7 @@ def _saved(place: Path, step: int) -> tuple[Path, Path, str]:
     node = node_of(place)
     node.fingerprint = json.loads((place / "stage.json").read_text(encoding="utf-8"))["fingerprint"]
     source = at_step(node, step)
-    rows = [r for r in read_lines(place / "metrics.jsonl") if r["kind"] == "eval" and r["tick"] <= step]
+    rows = [r for r in each_line(place / "metrics.jsonl", kind="eval") if r["tick"] <= step]
     return source, source / "adapter", card(node, rows=rows, step=step)
 
 
@@ -173,17 +173,16 @@ def listing(runs: Path) -> list[dict[str, Any]]:
 
 
 def _row(folder: Path) -> dict[str, Any]:
-    rows = read_lines(folder / "metrics.jsonl")
-    train = [row for row in rows if row["kind"] == "train"]
-    values = next((row["values"] for row in reversed(rows) if row["kind"] == "eval"), {})
+    train, measured = (newest_line(folder / "metrics.jsonl", kind=kind) for kind in ("train", "eval"))
+    values = measured.get("values", {})
     prefix = "bits_per_byte/"
     bits = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix) and isinstance(v, float)}
     version = "" if folder.name == "1" else f" ({folder.name})"
     return {
         "stage": folder.parent.name + version,
         "state": _state(folder),
-        "steps": train[-1]["step"] if train else None,
-        "tokens": train[-1]["tokens"] if train else None,
+        "steps": train.get("step"),
+        "tokens": train.get("tokens"),
         "bits": bits,
         "folder": str(folder),
     }

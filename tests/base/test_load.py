@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tutelage.base.clock import Span
 from tutelage.base.errors import UserError
 from tutelage.base.load import dump, load
-from tutelage.base.marked import parse, to_yaml
+from tutelage.base.marked import parse, plain, to_yaml
 from tutelage.base.spec import Recipe, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +34,18 @@ def said(recipe: Any, *sets: str) -> str:
 def test_every_recipe_of_the_house_loads_and_reads_back(path: Path) -> None:
     recipe = load(path)
     assert load(dump(recipe)) == recipe
+    assert load(plain(recipe, bare=True)) == recipe
+
+
+def test_a_bare_recipe_says_what_is_not_the_default_and_reads_back_the_same() -> None:
+    written = {
+        "start": "gpt2", "data": {"x": "y.jsonl"}, "until": "1step", "groups": [{"match": "*.bias", "decay": 0.0}],
+        "engine": {"clip": None, "micro": None}, "steering": {"agent": {"limits": {"optim.lr": {"by": [0.9, 1.1]}}}},
+    }  # fmt: skip
+    recipe = load({"stages": {"a": written, "b": {"start": "a", "data": {"x": "y.jsonl"}, "until": "2step"}}})
+    bare = plain(recipe, bare=True)
+    assert bare["stages"]["a"] == {**written, "data": {"x": {"path": "y.jsonl"}}, "engine": {"clip": None}}
+    assert load(bare) == recipe
 
 
 @pytest.mark.parametrize(

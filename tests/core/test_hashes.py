@@ -71,6 +71,26 @@ def test_a_file_that_was_changed_a_moment_ago_is_read_again(
     assert hashes.digest(path, "sha256") == hashlib.sha256(b"one").hexdigest()
 
 
+def test_a_long_reading_makes_no_file_older(reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written while the first gigabytes are read may have the same time; the file was young when that began."""
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    now = [path.stat().st_mtime + 0.5]
+    real = hashlib.file_digest
+
+    def slow(stream, kind):  # type: ignore[no-untyped-def]
+        now[0] += 60.0
+        return real(stream, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    monkeypatch.setattr(hashes, "SETTLED", 2.0)
+    monkeypatch.setattr(hashes.time, "time", lambda: now[0])
+    hashes.digest(path)
+    assert not hashes._fresh and not hashes._known
+    hashes.digest(path)
+    assert hashes._fresh, "a minute later it is"
+
+
 def test_a_broken_cache_or_disk_costs_time_only(
     reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,29 @@ def test_stages_with_another_start_are_no_arms(tmp_path):
     assert report.gather(graph_of(tmp_path, stages))["arms"] == []
 
 
+def test_a_number_that_unknown_text_makes_too_low_is_marked_everywhere(tmp_path):
+    """Only in its own cells: another tokenizer may know the same text."""
+    stages = {name: DEMO[name] for name in ("base", "code--low", "code--replay")}
+    graph = graph_of(tmp_path / "runs", stages)
+    share = {"unknown/prose": 0.125}
+    for name, values in (("base", share), ("code--low", {}), ("code--replay", share)):
+        rows = [eval_row(0, {"prose": 8.0, "code": 8.0}, values={**values}), *train_rows()]
+        write_stage(
+            tmp_path / f"runs/demo/{name}/1", [*rows, eval_row(10, {"prose": 2.0}, final=True, values={**values})]
+        )
+    data = report.write(graph, tmp_path / "out")
+    assert data["unknown"] == {"base": {"prose": 0.125}, "code--replay": {"prose": 0.125}}
+    assert json.loads((tmp_path / "out/report.json").read_text())["unknown"] == data["unknown"]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "out/forgetting_matrix.csv").read_text())))
+    assert [row["unknown/prose"] for row in rows] == ["0.125", "", "0.125"] and rows[0]["prose"] == "2.0"
+    text = checked((tmp_path / "out/report.html").read_text())
+    assert text.count("12.5% of its bytes are not known") == 2 and "bits per byte are too low" in text
+    console = Console(width=150, file=io.StringIO(), record=True)
+    console.print(report.short(data))
+    shown = console.export_text()
+    assert shown.count("2.000†") == 2 and "† prose: the tokenizer has no tokens for 12.5%" in shown
+
+
 def test_everything_written_says_the_same(graph, tmp_path):
     data = report.write(graph, tmp_path / "out")
     assert json.loads((tmp_path / "out/report.json").read_text())["forgetting_matrix"] == data["forgetting_matrix"]
@@ -158,6 +181,7 @@ def test_everything_written_says_the_same(graph, tmp_path):
     shown = console.export_text()
     assert "takes back 75% of what code--rewarmed forgot of prose" in shown
     assert "alarm: code--rewarmed forgets prose (step 10)" in shown
+    assert data["unknown"] == {} and "†" not in shown + text and "unknown" not in rows[0]
     assert "3 of 12 measurements kept" in shown
 
 

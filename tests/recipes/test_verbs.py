@@ -96,6 +96,7 @@ def test_a_branch_takes_changes_and_says_them(toys: Path, tmp_path: Path, capsys
     stage = yaml.safe_load(text)["stages"]["two"]
     assert stage["start"] == "toy/two@8" and stage["until"] == "3step" and stage["optim"]["lr"] == 0.05
     assert set(stage["keep"]) == {"a"}, "what the ancestor learned from is still measured"
+    assert "null" not in text and "steering" not in stage, "only what is not the default is written"
     run(resolved(tmp_path / "hot.yaml", runs=toys, name="hot"))
     values = last(toys / "hot/two/1")
     assert {"bits_per_byte/a", "bits_per_byte/b"} <= set(values)

@@ -28,10 +28,14 @@ def test_text_that_the_tokenizer_does_not_know_is_told_of(tmp_path, unigram, bpe
     path.write_bytes(b"".join(orjson.dumps({"text": f"{SAMPLES[3]} {i}"}) + b"\n" for i in range(20)))
 
     def told(tokenizer):
-        train, _ = source.build("mine", SourceSpec(path=str(path)), tokenizer, cache=tmp_path / "c", chunk=16)
-        return [line for line in train.report() if "does not know" in line]
+        made = source.build("mine", SourceSpec(path=str(path), val="50%"), tokenizer, cache=tmp_path / "c", chunk=16)
+        train, val = made
+        return [line for line in train.report() if "does not know" in line], val.facts["unknown"]
 
-    assert len(told(unigram)) == 1 and told(bpe) == []
+    lines, share = told(unigram)
+    assert len(lines) == 1 and "34.8% of its tokens" in lines[0]
+    assert 0.7 < share < 0.9, "of the bytes, which is what counts: all but numbers and punctuation"
+    assert told(bpe) == ([], 0.0)
 
 
 def test_every_token_but_the_first_is_a_label_once(held, bpe):

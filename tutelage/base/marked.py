@@ -199,20 +199,22 @@ def mark(value: Any, *, at: str = "") -> Any:
     return Seq((mark(item) for item in value), at=at) if isinstance(value, list) else value
 
 
-def plain(value: Any) -> Any:
-    """Dicts, lists and scalars, as YAML has them. A model's field is left out where it is None and may be."""
+def plain(value: Any, *, bare: bool = False) -> Any:
+    """Dicts, lists and scalars, as YAML has them. A model's field is left out where it is None and may be; with `bare`
+    wherever it has its default (pydantic's `exclude_defaults` leaves out nothing that a serializer of ours writes)."""
     if isinstance(value, Method):
         return {"use": value.name(), **{key: plain(item) for key, item in value.model_dump().items()}}
     if isinstance(value, BaseModel):
-        fields = type(value).model_fields
+        fields = {key: field.get_default(call_default_factory=True) for key, field in type(value).model_fields.items()}
         items = {key: getattr(value, key) for key in fields}
-        return {k: plain(v) for k, v in items.items() if v is not None or fields[k].default is not None}
+        left_out = {k for k, v in items.items() if (bare or v is None) and v == fields[k]}
+        return {k: plain(v, bare=bare) for k, v in items.items() if k not in left_out}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, bare=bare) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, bare=bare) for item in value]
     if isinstance(value, (set, frozenset)):
-        return [plain(item) for item in sorted(value)]
+        return [plain(item, bare=bare) for item in sorted(value)]
     return str(value) if isinstance(value, (Span, Path)) else value
 
 

@@ -18,7 +18,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.method import Method
 from tutelage.core import artifact, forward, quantized, surgery
 from tutelage.core.graph import Node
-from tutelage.core.record import dumps, read_lines, write_whole
+from tutelage.core.record import dumps, newest_line, read_lines, write_whole
 from tutelage.core.shard import World
 from tutelage.core.stage import Opened, Say, opened, start_of
 
@@ -103,11 +103,8 @@ def card(node: Node, *, rows: list[dict[str, Any]] | None = None, step: int | No
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["tutelage", f"fingerprint:{node.fingerprint}"]}
     if outside:
         head["base_model"] = outside
-    known = read_lines(node.folder / "metrics.jsonl") if rows is None else rows
-    last = next((r for r in reversed(known) if r["kind"] == "eval"), None)
-    found = [
-        f"| {k} | {v:.4f} |" for k, v in sorted((last or {"values": {}})["values"].items()) if isinstance(v, float)
-    ]
+    last = newest_line(node.folder / "metrics.jsonl", kind="eval") if rows is None else next(iter(rows[-1:]), {})
+    found = [f"| {k} | {v:.4f} |" for k, v in sorted(last.get("values", {}).items()) if isinstance(v, float)]
     lineage = " → ".join([*node.lineage(), node.name])
     place = "" if step is None else f", as it was at step {step}"
     table = ["| measure | value |", "|---|---|", *found] if found else ["Nothing was measured in this stage."]

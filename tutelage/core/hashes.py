@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "hashes.jsonl"
-SETTLED = 2.0  # seconds since a file's last change, below which it might change again without its times showing it
+SETTLED = 2.0  # seconds from a file's last change to its reading, below which it might change again without its times showing it
 KINDS: dict[str, Callable[[], Any]] = {
     "blake2b": lambda: hashlib.blake2b(digest_size=16),
     "sha256": hashlib.sha256,
@@ -62,9 +62,10 @@ def digest(path: Path, kind: str = "blake2b") -> str:
     mark = [kind, os.path.abspath(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
     key = json.dumps(mark)
     if key not in _known:
+        began = time.time()  # before it is read: a file that is still being written may change behind the reader's back
         with open(path, "rb") as stream:
             found = hashlib.file_digest(stream, KINDS[kind]).hexdigest()
-        if time.time() - max(about.st_mtime, about.st_ctime) < SETTLED:
+        if began - max(about.st_mtime, about.st_ctime) < SETTLED:
             return found  # not remembered, not even here
         _known[key] = found
         _fresh.append(json.dumps([key, found]))

@@ -37,8 +37,8 @@ def page(template: str, **content: Any) -> str:
     return _templates().get_template(template).render(**content)
 
 
-def report(data: dict[str, Any]) -> str:
-    """The report of a graph's numbers, see `report.gather`."""
+def report(data: dict[str, Any], *, doubt: str, doubts: list[str]) -> str:
+    """The report of a graph's numbers, see `report.gather`; `doubt` marks those that `doubts` explain."""
     return page(
         "report.html.j2",
         data=data,
@@ -47,6 +47,8 @@ def report(data: dict[str, Any]) -> str:
         changes=[_safe(text) for text in pictures.changes(data).values()],
         losses=_safe(pictures.losses(data)),
         shade=shades(data["forgetting_matrix"]),
+        doubt=doubt,
+        doubts=doubts,
     )
 
 

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -232,11 +233,30 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data[:whole].splitlines() if line.strip()]
 
 
-def each_line(path: Path) -> Iterator[dict[str, Any]]:
-    """The same rows one at a time, for files that grow with the steps of a stage: never more than a line in memory."""
+def each_line(path: Path, *, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """The same rows one at a time, for files that grow with the steps of a stage: never more than a line in memory.
+
+    With `kind` only those of that kind (`train`, `eval`); the others pass by unread where their line begins with it.
+    """
+    yield from filter(lambda row: kind is None or row.get("kind") == kind, map(json.loads, _lines(path, kind)))
+
+
+def newest_line(path: Path, *, kind: str) -> dict[str, Any]:
+    """The last row of a kind, empty where there is none. Of a million rows one is parsed."""
+    last = deque(_lines(path, kind), maxlen=1)
+    row: dict[str, Any] = json.loads(last[0]) if last else {}
+    if row.get("kind", kind) != kind:  # lines that do not begin with their kind must all be looked into
+        row = next(iter(deque(each_line(path, kind=kind), maxlen=1)), {})
+    return row
+
+
+def _lines(path: Path, kind: str | None) -> Iterator[bytes]:
+    """Whole lines, without those that begin with another kind."""
     if not path.exists():
         return
+    head, mine = b'{"kind":"', f'{{"kind":"{kind}"'.encode()
     with open(path, "rb") as handle:
         for line in handle:
-            if line.endswith(b"\n") and line.strip():
-                yield json.loads(line)
+            other = kind is not None and line.startswith(head) and not line.startswith(mine)
+            if not other and line.endswith(b"\n") and line.strip():
+                yield line

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tutelage.core.graph import Graph, Node
 
 FORMAT = 1  # of report.json
+DOUBT = "†"  # beside a number that is too low, since the tokenizer does not know all of the text
 MEASURES = ("final_average", "backward_transfer", "forward_transfer", "forgetting")
 
 
@@ -47,7 +48,8 @@ def gather(graph: Graph, *, failed: dict[str, str] | None = None) -> dict[str, A
         stage["tokens_before"] = before[name]
     sizes = [stage["parameters"] for stage in stages.values() if stage["parameters"]]
     seeds = sorted({stage["seed"] for stage in stages.values()})
-    filled = _filled(graph, matrix, stages)
+    later = {name: _later(graph, name, matrix, stages) for name in matrix}
+    filled = _filled(matrix, later, stages)
     measured = [*filled.values(), *(stage["first"] for stage in stages.values())]
     return {
         "format": FORMAT,
@@ -59,7 +61,8 @@ def gather(graph: Graph, *, failed: dict[str, str] | None = None) -> dict[str, A
         "stages": stages,
         "sources": list(dict.fromkeys(label for row in measured for label in row)),
         "forgetting_matrix": filled,
-        "filled": {n: r for n in matrix if (r := _later(graph, n, matrix, stages))},
+        "filled": {name: row for name, row in later.items() if row},
+        "unknown": _unknown(filled, stages, later),
         "at_start": {name: stage["first"] for name, stage in stages.items() if stage["first"]},
         "kl": {name: stage["kl"] for name, stage in stages.items() if stage["kl"]},
         "transfer": {n: _transfer(graph.nodes[n], matrix, learned[n], stages) for n in matrix},
@@ -122,6 +125,7 @@ def _stage(node: Node, book: ledger.Ledger, names: dict[str, str], *, why: str |
         "final": named(book.final),
         "last": named(book.last(ledger.BITS)),
         "kl": named(book.last("kl/")),
+        "unknown": named(book.last("unknown/")),
         "curves": {names.get(c, c): [list(p) for p in book.curve(c)] for c in book.columns()},
         "loss": book.train.curve(),
         "alarms": [{**alarm, "column": names.get(alarm["column"], alarm["column"])} for alarm in book.alarms()],
@@ -187,14 +191,24 @@ def _later(
 
 
 def _filled(
-    graph: Graph, matrix: dict[str, dict[str, float]], stages: dict[str, dict[str, Any]]
+    matrix: dict[str, dict[str, float]], later: dict[str, dict[str, str]], stages: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, float]]:
     """The matrix with those gaps closed: same weights, fewer passages."""
     return {
-        name: row
-        | {label: stages[child]["first"][label] for label, child in _later(graph, name, matrix, stages).items()}
+        name: row | {label: stages[child]["first"][label] for label, child in later[name].items()}
         for name, row in matrix.items()
     }
+
+
+def _unknown(
+    filled: dict[str, dict[str, float]], stages: dict[str, dict[str, Any]], later: dict[str, dict[str, str]]
+) -> dict[str, dict[str, float]]:
+    """By cell of the matrix: the share of the source's bytes that the stage's tokenizer has no tokens for, if any."""
+    shares = {
+        name: {label: stages[later[name].get(label, name)]["unknown"].get(label, 0.0) for label in row}
+        for name, row in filled.items()
+    }
+    return {name: some for name, row in shares.items() if (some := {k: v for k, v in row.items() if v})}
 
 
 def _transfer(
@@ -239,6 +253,19 @@ def scale(seeds: list[int], sizes: list[int]) -> str:
     return f"{many}, {size} parameters"
 
 
+def doubts(unknown: dict[str, dict[str, float]]) -> list[str]:
+    """Why marked cells of the matrix look better than they are, a line a source, with the largest share."""
+    shares: dict[str, float] = {}
+    for row in unknown.values():
+        for source, share in row.items():
+            shares[source] = max(share, shares.get(source, 0.0))
+    return [
+        f"{source}: the tokenizer has no tokens for {share:.1%} of its bytes, which cost next to nothing to predict: "
+        "bits per byte are too low there"
+        for source, share in shares.items()
+    ]
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -249,17 +276,20 @@ def write(graph: Graph, folder: Path, *, failed: dict[str, str] | None = None) -
     write_whole(folder / "report.json", dumps(data) + "\n")
     write_whole(folder / "forgetting_matrix.csv", matrix_csv(data))
     write_whole(folder / "arms.csv", arms_csv(data))
-    write_whole(folder / "report.html", pages.report(data))
+    write_whole(folder / "report.html", pages.report(data, doubt=DOUBT, doubts=doubts(data["unknown"])))
     return data
 
 
 def matrix_csv(data: dict[str, Any]) -> str:
-    """A row a stage, a column a source, bits per byte; then what sums it up."""
-    sources = data["sources"]
-    rows = [["stage", *sources, *MEASURES]]
+    """A row a stage, a column a source, bits per byte; then what sums it up, and what share of a source was not known to
+    the tokenizer, where there is such."""
+    sources, unknown = data["sources"], data["unknown"]
+    doubtful = [source for source in sources if any(source in row for row in unknown.values())]
+    rows = [["stage", *sources, *MEASURES, *(f"unknown/{source}" for source in doubtful)]]
     for stage, row in data["forgetting_matrix"].items():
-        sums = data["transfer"][stage]
-        rows.append([stage, *(_cell(row.get(s)) for s in sources), *(_cell(sums[key]) for key in MEASURES)])
+        sums, shares = data["transfer"][stage], unknown.get(stage, {})
+        cells = [*(row.get(s) for s in sources), *(sums[key] for key in MEASURES), *(shares.get(s) for s in doubtful)]
+        rows.append([stage, *map(_cell, cells)])
     return _csv(rows)
 
 
@@ -305,7 +335,8 @@ def short(data: dict[str, Any]) -> Group:
         state = "" if stage["state"] in ("done", "reused") else f" ({stage['state']})"
         forgot = data["transfer"].get(name, {}).get("forgetting")
         cost = [words.amount(stage["tokens"]), words.amount(stage["flops"]), words.duration(stage["seconds"])]
-        cells = [words.bits(row.get(source)) for source in data["sources"]]
+        doubtful = data["unknown"].get(name, {})
+        cells = [words.bits(row.get(s)) + DOUBT * (s in doubtful) for s in data["sources"]]
         table.add_row(name + state, *cells, words.bits(forgot, sign=True) if forgot is not None else "–", *cost)
     return Group(table, *(Text(line) for line in _lines(data)))
 
@@ -315,6 +346,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
     measuring = totals["seconds_measuring"] + totals["seconds_measuring_final"]
     spent = f"{words.amount(totals['tokens'])} tokens, {words.amount(totals['flops'])}FLOP"
     lines = [f"training {words.duration(totals['seconds'])}, measuring {words.duration(measuring)}; {spent}"]
+    lines += [f"{DOUBT} {line}" for line in doubts(data["unknown"])]
     for group in data["arms"]:
         if any(group["budgets_differ"].values()):
             lines.append(

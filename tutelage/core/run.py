@@ -32,6 +32,7 @@ from tutelage.core.stage import Say, build
 
 SMALL = 30_000_000  # parameters below which a model is fastest on one thread
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask to stop
+TRACE = "error.txt"  # in a stage's folder: why it failed
 STOPPED = 75  # exit code of a stage that was asked to stop and has saved (EX_TEMPFAIL: try again later)
 Tell = Callable[[str, dict[str, Any]], None]  # stage, where it stands
 
@@ -59,16 +60,30 @@ class Result:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | Choose, tell: Tell) -> Result:
-    """Make every stage (or `only` one and what it needs). Stages that are there already are not made again."""
+def run_graph(
+    graph: Graph,
+    *,
+    only: str | None,
+    jobs: int | None,
+    drift: str | Choose,
+    tell: Tell,
+    result: Result | None = None,
+) -> Result:
+    """Make every stage (or `only` one and what it needs). Stages that are there already are not made again.
+
+    A stage that fails in a process of its own is told of in the result. One that fails in this process (`jobs` 0, CUDA,
+    several ranks) raises, and so does a stage whose place is not clear; `result` is filled all the same.
+    """
     world = World.join()
     wanted = _needed(graph, only) if only else set(graph.nodes)
     waiting = [node for name, node in graph.nodes.items() if name in wanted]
-    result, children = Result(), {}
+    children: dict[int, Child] = {}
+    result = Result() if result is None else result
     here = world.size > 1 or jobs == 0 or torch.cuda.is_available()
     finished: set[str] = set()
     wishes: list[int] = []
     looked: tuple[int, int] | None = None  # stages waiting and at work when it was last asked what can begin
+    unclear: UserError | None = None
     with _heard(lambda number, frame: wishes.append(number)):
         while waiting or children:
             if wishes:
@@ -78,7 +93,12 @@ def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | 
                 if not here and children and len(children) >= _room(jobs, [*(c.node for c in children.values()), node]):
                     break
                 waiting.remove(node)
-                settle(graph, node, drift=drift)
+                try:
+                    settle(graph, node, drift=drift)
+                except UserError as error:  # stages at work go on to their ends; no other is begun
+                    unclear = error
+                    waiting.clear()
+                    break
                 if not world.rank:
                     hashes.flush(graph.runs / ".data")
                 world.wait()  # nobody begins a stage before everyone has seen whether it is there
@@ -104,6 +124,8 @@ def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | 
                     waiting.clear()
             elif not ready:
                 break
+    if unclear is not None:
+        raise unclear
     return result
 
 
@@ -160,7 +182,7 @@ def run_stage(node: Node, *, world: World, say: Say) -> None:
     if world.rank:
         _work(node, world, say)
         return
-    with sole_writer(node.folder), _told(node.folder / "error.txt"):
+    with sole_writer(node.folder), _told(node.folder / TRACE):
         artifact.sweep(node.folder)
         if not (node.folder / "stage.json").exists():
             about = {"fingerprint": node.fingerprint, "parts": node.parts, "stage": node.stage.model_dump(mode="json")}
@@ -252,6 +274,15 @@ def _run_here(node: Node, world: World, result: Result, tell: Tell) -> None:
         tell(node.name, {"finished": True})
     except Stopped:
         result.stopped.append(node.name)
+    except Exception as error:
+        result.failed[node.name] = _why(node, error)
+        tell(node.name, {"failed": result.failed[node.name]})
+        raise
+
+
+def _why(node: Node, error: BaseException) -> str:
+    """Why a stage failed, in one line; of what is our fault, where the trace lies."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error} (see {node.folder}/{TRACE})"
 
 
 def _leave(number: int, frame: Any) -> None:
@@ -328,12 +359,9 @@ def _child(node: Node, mouth: socket.socket, parent: int, count: int) -> int:
         return 0
     except Stopped:
         return STOPPED
-    except UserError as error:
-        last_words(str(error))
-        return 2
     except BaseException as error:
-        last_words(f"{type(error).__name__}: {error} (see {node.folder}/error.txt)")
-        return 1
+        last_words(_why(node, error))
+        return 2 if isinstance(error, UserError) else 1
 
 
 def _listen(children: dict[int, Child], tell: Tell) -> list[Child]:

@@ -10,7 +10,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.values import late_bound
 from tutelage.core import rules
 from tutelage.core.graph import Drift, Graph, Node
-from tutelage.core.record import read_lines
+from tutelage.core.record import newest_line
 
 Choose = Callable[[Drift], str]  # `reuse` or `retrain`, or raises
 
@@ -73,8 +73,7 @@ def best(graph: Graph, choice: dict[str, Any]) -> str:
     for name in choice["best"]:
         if graph.nodes[name].state == rules.UNMADE:
             continue
-        rows = [r for r in read_lines(graph.nodes[name].artifact / "metrics.jsonl") if r["kind"] == "eval"]
-        values = rows[-1]["values"] if rows else {}
+        values = newest_line(graph.nodes[name].artifact / "metrics.jsonl", kind="eval").get("values", {})
         if by == "mean":
             bits = [v for k, v in values.items() if k.startswith("bits_per_byte/")]
             values = {"mean": sum(bits) / len(bits)} if bits else {}

@@ -28,7 +28,7 @@ from tutelage.core.modality import Corpus, Modality
 from tutelage.core.pace import UNKNOWN
 from tutelage.core.prefix import prefixed
 from tutelage.core.profile import Profile
-from tutelage.core.record import Journal, Metrics, read_lines
+from tutelage.core.record import Journal, Metrics, newest_line, read_lines
 from tutelage.core.rules import Rules
 from tutelage.core.shard import World
 from tutelage.core.stream import Source, Stream
@@ -395,8 +395,8 @@ def view_of_data(view: View, node: Node, corpora: Corpora, packing: Any) -> None
 
 def last_measure(node: Node) -> dict[str, float]:
     """A finished stage's last numbers."""
-    rows = read_lines(node.artifact / "metrics.jsonl")
-    return next((row["values"] for row in reversed(rows) if row["kind"] == "eval"), {})
+    values: dict[str, float] = newest_line(node.artifact / "metrics.jsonl", kind="eval").get("values", {})
+    return values
 
 
 def totals(run: Run, until: Span) -> dict[str, float]:

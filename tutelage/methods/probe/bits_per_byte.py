@@ -24,7 +24,11 @@ class BitsPerByte(Method):
     baseline = {}
 
     def measure(self, model: nn.Module, view: Any) -> dict[str, float | str]:
-        """`bits_per_byte/<column>`, and `bits_per_byte@<n>/<column>` of the first n rows, those measured in a stage."""
+        """`bits_per_byte/<column>`, and `bits_per_byte@<n>/<column>` of the first n rows, those measured in a stage.
+
+        `unknown/<column>` is the share of the column's bytes that the tokenizer has no tokens for, where there are any:
+        they cost next to nothing to predict, so bits per byte are too low.
+        """
         found: dict[str, float | str] = {}
         for column in view.heldout:
             bits = bits_per_byte(view, column)
@@ -34,6 +38,9 @@ class BitsPerByte(Method):
             found[f"bits_per_byte/{column}"] = bits.whole
             if view.passages > view.few:
                 found[f"bits_per_byte@{view.few}/{column}"] = bits.few
+            unknown = max(source.facts.get("unknown", 0.0) for source in view.heldout[column].sources.values())
+            if unknown:
+                found[f"unknown/{column}"] = unknown
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.spec import SourceSpec
 from tutelage.core.anatomy import Anatomy
 from tutelage.core.modality import Corpus, Progress
-from tutelage.core.randomness import reseed
 from tutelage.core.stream import Source
 from tutelage.core.types import Batch, Document, Row
 from tutelage.modalities.pair import images, source, store
@@ -116,15 +116,11 @@ class Pair:
         rows: int = 16,
     ) -> list[str]:
         """Continuations. A prompt is a text, or `{image: picture, text: …}` with a picture of any form a record has."""
-        training, said = model.training, []
-        model.eval()
-        try:
-            for i in range(0, len(prompts), rows):
-                reseed(seed + i)
-                said += _generate(model, processor, prompts[i : i + rows], tokens, temperature, top_p)
-        finally:
-            model.train(training)
-        return said
+
+        def write(some: list[Any]) -> list[str]:
+            return _generate(model, processor, some, tokens, temperature, top_p)
+
+        return models.in_batches(write, model, prompts, seed=seed, rows=rows)
 
     # -- data -------------------------------------------------------------------------------------------------------
 
@@ -143,10 +139,7 @@ class Pair:
         progress: Progress | None,
         workers: int,
     ) -> Corpus:
-        def told(done: float, of: float) -> None:
-            if progress:
-                progress(f"reading {name}", done, of)
-
+        told = functools.partial(progress, f"reading {name}") if progress else None
         train, heldout = source.build(
             name, spec, processor, cache=cache, length=length, workers=workers, progress=told, rows=rows
         )

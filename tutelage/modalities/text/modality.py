@@ -127,10 +127,7 @@ class Text:
         progress: Progress | None,
         workers: int,
     ) -> Corpus:
-        def told(done: float, of: float) -> None:
-            if progress:
-                progress(f"tokenizing {name}", done, of)
-
+        told = functools.partial(progress, f"tokenizing {name}") if progress else None
         train, heldout = source.build(
             name, spec, processor, cache=cache, chunk=length, workers=workers, progress=told, rows=rows
         )

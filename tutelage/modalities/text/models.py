@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +222,24 @@ def generate(
 
     A masked model, which transformers lets generate nothing, fills in blanks.
     """
-    write = _generate if callable(getattr(model, "generate", None)) else _fill_in
+    each = _generate if callable(getattr(model, "generate", None)) else _fill_in
+
+    def write(some: list[str]) -> list[str]:
+        return each(model, processor, some, tokens, temperature, top_p)
+
+    return in_batches(write, model, prompts, seed=seed, rows=rows)
+
+
+def in_batches(
+    write: Callable[[list[Any]], list[str]], model: nn.Module, prompts: list[Any], *, seed: int, rows: int
+) -> list[str]:
+    """What is written to prompts, `rows` at a time, each batch by a seed of its own; the model is not training meanwhile."""
     training, texts = model.training, []
     model.eval()
     try:
         for i in range(0, len(prompts), rows):
             reseed(seed + i)
-            texts += write(model, processor, prompts[i : i + rows], tokens, temperature, top_p)
+            texts += write(prompts[i : i + rows])
     finally:
         model.train(training)
     return texts

@@ -20,6 +20,7 @@ from tutelage.modalities.text.read import Record
 from tutelage.modalities.text.store import Progress, Side, Store
 
 content_id = imports.content_id
+SEEN = 0.001  # share of text that the tokenizer does not know, from which it is told of
 
 
 class TextSource:
@@ -50,6 +51,7 @@ class TextSource:
             "bytes": float(counts["bytes"]),
             "malformed": float(held.meta["malformed"]),
             "empty": float(held.meta["empty"]),
+            "unknown": self._unknown(),
         }
 
     def part(self, name: str, chunks: np.ndarray) -> TextSource:
@@ -77,20 +79,25 @@ class TextSource:
             lines.append(f"{self.name}: {meta['empty']} empty records skipped")
         if self.facts["chunks_left_out"]:
             lines.append(f"{self.name}: {self.facts['chunks_left_out']:.0f} chunks without anything to learn left out")
-        if (share := self._unknown()) >= 0.001:
+        if self.facts["unknown"]:
             lines.append(
-                f"{self.name}: {share:.1%} of its tokens are ones that the tokenizer does not know; their bytes cost next to "
-                "nothing to predict, so bits per byte are too low to compare with another tokenizer's"
+                f"{self.name}: {self.facts['unknown']:.1%} of its tokens are ones that the tokenizer does not know; their "
+                "bytes cost next to nothing to predict, so bits per byte are too low to compare with another tokenizer's"
             )
         return lines
 
     def _unknown(self) -> float:
-        """Share of the first million tokens that stand for whatever the vocabulary has no tokens for."""
+        """Share of the first million tokens that stand for whatever the vocabulary has no tokens for; of their bytes,
+        where these are known (held-out sources). 0 below `SEEN`.
+        """
         made = self._tokenizer
         unknown, others = made.unk_token_id, (made.bos_token_id, made.eos_token_id, made.pad_token_id)
         if unknown is None or unknown in others or not len(self._tokens):  # GPT-2's is the end of a text
             return 0.0
-        return float((np.asarray(self._tokens[:1_000_000]) == unknown).mean())
+        there = np.asarray(self._tokens[:1_000_000]) == unknown
+        sizes = np.ones(len(there)) if self._bytes is None else self._bytes[: len(there)].astype(np.float64)
+        share = float(sizes[there].sum() / max(1.0, sizes.sum()))
+        return share if share >= SEEN else 0.0
 
     def read(self, piece: Piece) -> dict[str, np.ndarray]:
         """`tokens` and `labels` of a piece, [T] int64; for held-out sources also `bytes` of each label.
