@@ -383,13 +383,12 @@ def view_of_data(view: View, node: Node, corpora: Corpora, packing: Any) -> None
         source = corpora.of(column, spec).heldout
         view.heldout[column] = Data({column: source}, collate, seed=0, length=stage.length, packing=packing)
     view.kept = frozenset(name for name, spec in columns(node).items() if spec in node.kept().values())
-    view.history = {name: last_measure(node.graph.nodes[name]) for name in node.lineage()}
-
-
-def last_measure(node: Node) -> dict[str, float]:
-    """A finished stage's last numbers."""
-    rows = read_lines(node.artifact / "metrics.jsonl")
-    return next((row["values"] for row in reversed(rows) if row["kind"] == "eval"), {})
+    for name in node.lineage():
+        earlier = node.graph.nodes[name]
+        last = {row["kind"]: row for row in read_lines(earlier.artifact / "metrics.jsonl")}
+        view.history[name] = last.get("eval", {}).get("values", {})
+        if earlier.stage.until is not None and earlier.stage.data:
+            view.trained[name] = float(last.get("train", {}).get("tokens", 0.0))
 
 
 def totals(run: Run, until: Span) -> dict[str, float]:
