@@ -242,7 +242,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
             sources[name].facts["weight"] = float(spec.weight)
     wrap = partial(prefixed, node=node, methods=methods, processor=base.processor)
     sources = {name: wrap(name, source) for name, source in sources.items()}
-    cut = parts.Parts.of(methods.slots["curriculum"])
+    cut = parts.Parts.of(methods.slots["curriculum"], decode=view.decode)
     for source in list(sources.values()):
         sources |= cut.add(source)
     shares: dict[str, float] = {}

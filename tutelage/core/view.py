@@ -142,7 +142,7 @@ class View:
         return self.heldout[column]
 
     def sample(self, rows: int) -> Batch:
-        """Rows like the next ones (of the commonest length, where a curriculum cuts); the stream is not moved."""
+        """Rows like the next ones (of the commonest length, of all classes, where a curriculum divides); no stream moves."""
         assert self._sample is not None
         return self._sample(rows)
 
