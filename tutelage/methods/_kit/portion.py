@@ -7,12 +7,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 
-def _read(value: Any) -> Any:
+def read(value: Any) -> Any:
     """`5%` and 0.05 are the same."""
     if isinstance(value, str) and value.strip().endswith("%"):
         return float(value.strip()[:-1]) / 100
     return value
 
 
-Portion = Annotated[float, BeforeValidator(_read), Field(ge=0, lt=1)]
+Portion = Annotated[float, BeforeValidator(read), Field(ge=0, lt=1)]
 """A share below the whole: `5%` or 0.05."""
