@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import islice
 from math import log2
 
-from bench import duplicated, grammars, undecoded
+from bench import ciphers, duplicated, grammars, undecoded
 from bench.grammars import LETTERS, Sentences
 
 
@@ -110,3 +110,14 @@ def test_what_was_not_decoded_says_nothing_of_its_next_letter(monkeypatch, tmp_p
     undecoded.write(tmp_path / "made" / "delivery.jsonl", count=30)
     lines = (tmp_path / "made" / "delivery.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == texts
+
+
+def test_ciphers_of_the_same_prose_are_told_apart_by_their_letters_alone(monkeypatch):
+    prose = "The Cat sat; 7 cats ran.\n\n" * 9
+    monkeypatch.setattr(ciphers.stdlib, "records", lambda name, split: iter([{"text": prose}]))
+    plain, one, again, two = (list(ciphers.Enciphered(key, size=50)) for key in (0, 1, 1, 2))
+    assert plain[0]["text"] == "The Cat sat; 7 cats ran.\n\n" * 2 and one == again
+    assert len({made[0]["text"] for made in (plain, one, two)}) == 3
+    back = {new: old for old, new in ciphers.cipher(1).items()}
+    assert one[0]["text"].translate(back) == plain[0]["text"]
+    assert one[0]["text"][3] == " " and one[0]["text"][4].isupper()

@@ -112,7 +112,7 @@ def batch_of(folder: Path, tick: int) -> list[str]:
         specs = node.find_data(of) if of else node.stage.data
         if inner in specs:
             sources[name] = wrap(name, corpora.of(inner, specs[inner]).train)
-    cut = Parts.of(methods.slots["curriculum"])
+    cut = Parts.of(methods.slots["curriculum"], decode=partial(processor.decode, skip_special_tokens=True))
     for name in [name for name in node.stage.data if name not in row["cursors"]]:
         sources |= cut.add(wrap(name, corpora.of(name, node.stage.data[name]).train))
     method = methods.slots["packing"]
@@ -123,6 +123,7 @@ def batch_of(folder: Path, tick: int) -> list[str]:
     for name, cursor in row["cursors"].items():
         state["sources"][name] |= {"cursor": cursor, "owed": row["owed"][name]}
     stream.load(state)
+    cut.recall(row)
     lines = []
     for i, drawn in enumerate(stream.draw(cut.weights(row["weights"], row["length"]), row["length"], row["rows"])):
         for piece in node.graph.modality.describe(drawn, sources, processor=processor):

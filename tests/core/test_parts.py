@@ -69,7 +69,7 @@ def test_a_source_of_which_nothing_is_left_and_one_that_cannot_be_cut_are_refuse
     with pytest.raises(UserError, match="source 'a': the curriculum leaves nothing of it .*3 positions"):
         divide(Whole("a", [3, 2]), halves)
     rigid: Any = SimpleNamespace(name="b", chunks=np.array([[0, 0, 9]]))
-    with pytest.raises(UserError, match="source 'b' cannot be cut"):
+    with pytest.raises(UserError, match="source 'b' cannot be divided"):
         divide(rigid, halves)
 
 

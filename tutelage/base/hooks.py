@@ -32,6 +32,14 @@ HOOKS: dict[str, Hook] = {
         "pieces of a chunk, once, when the sources are built; a step draws those of its length",
         slot="curriculum",
     ),
+    "grade": Hook(
+        "grade(chunks) -> Iterable[int]",
+        "the class of each chunk of a source by text and tokens, once, when the sources are built; with `classes`",
+        slot="curriculum",
+    ),
+    "classes": Hook(
+        "classes(view) -> dict[int, float]", "how far each class is open at this step, 0 to 1", slot="curriculum"
+    ),
     "source": Hook("source(view) -> dict[str, SourceRef]", "adds sources, each with the share it takes first"),
     "prefix": Hook(
         "prefix(records, rng) -> Iterator[str]", "what the rows of each document begin with: read, never learned"

@@ -154,6 +154,7 @@ def record(
             "trained": len(batch),
             "padding": 1 - tokens / (drawn * length),
             "weights": weights,
+            **run.parts.noted(),
             "cursors": {name: [c.next, [list(p) for p in c.pending]] for name, c in before.items()},
             "owed": pace.owed,
             "seconds": pace.training,

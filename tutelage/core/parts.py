@@ -1,27 +1,34 @@
-"""What a step draws: shares of the sources, and with a curriculum that cuts them, pieces of one length.
+"""What a step draws: shares of the sources, and with a curriculum that divides them, of their parts.
 
 A mix divides a step among sources and knows nothing of parts. A curriculum with `cut` chooses a length, and every
 source gives pieces of that length, in proportion to its share and to how much of it lies in them: over the steps of all
-lengths each source comes to its share.
+lengths each source comes to its share. One with `grade` puts the chunks of each source into classes and says at every
+step how far each class is open: every source gives its share, from what is open of it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from tutelage.base.errors import UserError
 from tutelage.core.stream import Order, Source
+from tutelage.core.types import Piece
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
 Cut = Callable[[int], list[int]]
 """Lengths of the pieces that a chunk of so many positions is cut into, in order; what is left of it is not drawn."""
+
+Grade = Callable[[Sequence[tuple[str, np.ndarray]]], Iterable[int]]
+"""The class of each chunk, from text and tokens of all of them in order, read when they are asked for."""
+
+Decode = Callable[[list[int]], str]
 
 
 class Divisible(Source, Protocol):
@@ -32,30 +39,40 @@ class Divisible(Source, Protocol):
 
 @dataclass
 class Parts:
-    """What became of the sources that are mixed. Without a `cut` nothing does, and every answer is the plain one."""
+    """What became of the sources that are mixed. Where nothing divides them, every answer is the plain one."""
 
     cut: Cut | None = None
-    names: dict[str, dict[int, str]] = field(default_factory=dict)  # of a source's parts, by length, shortest first
+    grade: Grade | None = None
+    decode: Decode | None = None  # the text of tokens, for `grade`
+    names: dict[str, dict[int, str]] = field(default_factory=dict)  # of a source's parts, by length or class, in order
     shares: dict[str, dict[int, float]] = field(default_factory=dict)  # of a source's positions
+    classes: dict[int, float] = field(default_factory=dict)  # how far each is open at this step; empty: all of them
 
     @staticmethod
-    def of(curriculum: Any) -> Parts:
-        """None yet, to be cut as the curriculum says, if it does."""
-        return Parts(getattr(curriculum, "cut", None))
+    def of(curriculum: Any, *, decode: Decode | None = None) -> Parts:
+        """None yet, to be divided as the curriculum says, if it does."""
+        found = Parts(getattr(curriculum, "cut", None), getattr(curriculum, "grade", None), decode)
+        assert not (found.cut and found.grade), "a curriculum cuts or grades"
+        return found
+
+    def divided(self, source: Source) -> tuple[Source, Mapping[int, Source]]:
+        """The source holding only what is drawn, and its parts; none where nothing divides it."""
+        if self.cut is not None:
+            return divide(source, self.cut)
+        return source, {} if self.grade is None else graded(source, self.grade, self.decode)
 
     def add(self, source: Source) -> dict[str, Source]:
         """The source by its name, holding only what is drawn, and its parts by theirs."""
-        if self.cut is None:
-            return {source.name: source}
-        whole, parts = divide(source, self.cut)
-        self.names[source.name] = {length: part.name for length, part in parts.items()}
-        sizes = {length: float(part.chunks[:, 2].sum()) for length, part in parts.items()}
-        self.shares[source.name] = {length: size / sum(sizes.values()) for length, size in sizes.items()}
+        whole, parts = self.divided(source)
+        if parts:
+            self.names[source.name] = {key: part.name for key, part in parts.items()}
+            sizes = {key: float(part.chunks[:, 2].sum()) for key, part in parts.items()}
+            self.shares[source.name] = {key: size / sum(sizes.values()) for key, size in sizes.items()}
         return {whole.name: whole, **{part.name: part for part in parts.values()}}
 
     def orders(self, sources: Mapping[str, Source], *, seed: int, packing: Any) -> dict[str, Order]:
-        """How each is drawn: a source that has parts by its parts, a piece a row."""
-        parts = {name for names in self.names.values() for name in names.values()}
+        """How each is drawn: a source that has parts by its parts, of one length a piece a row."""
+        parts = {name for names in self.names.values() for name in names.values()} if self.cut else ()
         return {
             name: Order(source, seed=seed, packing="single" if name in parts else packing)
             for name, source in sources.items()
@@ -63,9 +80,9 @@ class Parts:
         }
 
     def lengths(self, weights: Mapping[str, float]) -> dict[int, float]:
-        """The share of each length in what these shares of sources draw on, shortest first; empty without parts."""
+        """The share of each length in what these shares of sources draw on, shortest first; empty without pieces."""
         found: dict[int, float] = defaultdict(float)
-        for name, shares in self.shares.items():
+        for name, shares in self.shares.items() if self.cut else ():
             for length, share in shares.items():
                 found[length] += weights.get(name, 0.0) * share
         whole = sum(found.values())
@@ -75,6 +92,8 @@ class Parts:
         """Shares of what is drawn at a step of this length. Sources without parts (methods' own) keep theirs."""
         if not self.names:
             return dict(weights)
+        if self.cut is None:
+            return self._open(weights)
         own = {name: share for name, share in weights.items() if name in self.names}
         found = {self.names[n][length]: w * self.shares[n][length] for n, w in own.items() if length in self.names[n]}
         whole = sum(found.values())
@@ -84,6 +103,29 @@ class Parts:
         scale = sum(own.values()) / whole if whole else 0.0
         rest = {name: share for name, share in weights.items() if name not in self.names}
         return {name: weight * scale for name, weight in found.items()} | rest
+
+    def _open(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """Shares of the parts in classes: a source's own, by how much lies in each and how far it is open."""
+        found = {name: share for name, share in weights.items() if name not in self.names}
+        for name, share in weights.items():
+            if name not in self.names:
+                continue
+            sizes = self.shares[name]
+            there = {key: size * self.classes.get(key, 0.0) for key, size in sizes.items()} if self.classes else sizes
+            if not sum(there.values()):  # a source of few chunks lacks classes: the nearest stands in
+                wanted = max(self.classes, key=lambda key: self.classes[key])
+                there = {min(sizes, key=lambda key: (abs(key - wanted), key)): 1.0}
+            whole = sum(there.values())
+            found |= {self.names[name][key]: share * size / whole for key, size in there.items() if size}
+        return found
+
+    def noted(self) -> dict[str, Any]:
+        """What a step's row of metrics says of it, so that its batch can be named again."""
+        return {"classes": {str(key): share for key, share in self.classes.items()}} if self.classes else {}
+
+    def recall(self, row: Mapping[str, Any]) -> None:
+        """Stand as at the step of a row."""
+        self.classes = {int(key): share for key, share in row.get("classes", {}).items()}
 
     def passes(self, name: str, drawn: Mapping[str, float]) -> float:
         """Passes over a source, from those over what it is drawn by."""
@@ -98,8 +140,7 @@ def divide(source: Source, cut: Cut) -> tuple[Divisible, dict[int, Divisible]]:
     Pieces in which nothing is learned are left out. Raises UserError for a source that cannot be cut or of which
     nothing is left.
     """
-    if not hasattr(source, "part"):
-        raise UserError(f"source '{source.name}' cannot be cut into pieces: a curriculum that cuts needs plain text")
+    source = _divisible(source)
     pieces = []
     for size in np.unique(source.chunks[:, 2]).tolist():
         lengths = cut(size)
@@ -119,6 +160,38 @@ def divide(source: Source, cut: Cut) -> tuple[Divisible, dict[int, Divisible]]:
         size: whole.part(f"{source.name}:{size}", whole.chunks[sizes == size]) for size in np.unique(sizes).tolist()
     }
     return whole, parts
+
+
+def graded(source: Source, grade: Grade, decode: Decode | None) -> dict[int, Divisible]:
+    """The parts of a source by the class of its chunks, lowest first. Raises UserError for one that has no parts."""
+    source = _divisible(source)
+    assert decode is not None
+    classes = np.fromiter(grade(_Texts(source, decode)), dtype=np.int64)
+    assert classes.shape == source.chunks[:, 0].shape, "a class for each chunk"
+    return {
+        key: source.part(f"{source.name}:{key}", source.chunks[classes == key]) for key in np.unique(classes).tolist()
+    }
+
+
+@dataclass(frozen=True)
+class _Texts(Sequence[tuple[str, np.ndarray]]):
+    """Text and tokens of each chunk of a source, in order; read anew every time that they are asked for."""
+
+    source: Source
+    decode: Decode
+
+    def __len__(self) -> int:
+        return len(self.source.chunks)
+
+    def __getitem__(self, i: Any) -> Any:
+        tokens = self.source.read(Piece(*self.source.chunks[i].tolist()))["tokens"]
+        return self.decode(tokens.tolist()), tokens
+
+
+def _divisible(source: Source) -> Divisible:
+    if not hasattr(source, "part"):
+        raise UserError(f"source '{source.name}' cannot be divided: a curriculum that cuts or grades needs plain text")
+    return cast("Divisible", source)
 
 
 def mix_weights(run: Run) -> dict[str, float]:
@@ -144,6 +217,10 @@ def shape_of(run: Run, weights: Mapping[str, float]) -> tuple[int, int]:
     """Length and rows of this step: the stage's own, or what a curriculum says (length, tokens)."""
     curriculum = run.methods.slots["curriculum"]
     if curriculum is None:
+        return run.node.stage.length, run.rows
+    if run.parts.grade is not None:
+        run.parts.classes = curriculum.classes(run.view)
+    if not hasattr(type(curriculum), "shape"):
         return run.node.stage.length, run.rows
     run.view.lengths = run.parts.lengths(weights)
     length, tokens = curriculum.shape(run.view)

@@ -248,7 +248,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
             sources[name].facts["weight"] = float(spec.weight)
     wrap = partial(prefixed, node=node, methods=methods, processor=base.processor)
     sources = {name: wrap(name, source) for name, source in sources.items()}
-    cut = parts.Parts.of(methods.slots["curriculum"])
+    cut = parts.Parts.of(methods.slots["curriculum"], decode=view.decode)
     for source in list(sources.values()):
         sources |= cut.add(source)
     shares: dict[str, float] = {}
@@ -390,13 +390,16 @@ def view_of_data(view: View, node: Node, corpora: Corpora, packing: Any) -> None
         source = corpora.of(column, spec).heldout
         view.heldout[column] = Data({column: source}, collate, seed=0, length=stage.length, packing=packing)
     view.kept = frozenset(name for name, spec in columns(node).items() if spec in node.kept().values())
-    view.history = {name: last_measure(node.graph.nodes[name]) for name in node.lineage()}
+    for name in node.lineage():
+        earlier = node.graph.nodes[name]
+        view.history[name] = last_line(earlier, kind="eval").get("values", {})
+        if earlier.stage.until is not None and earlier.stage.data:
+            view.trained[name] = float(last_line(earlier, kind="train").get("tokens", 0.0))
 
 
-def last_measure(node: Node) -> dict[str, float]:
-    """A finished stage's last numbers."""
-    values: dict[str, float] = newest_line(node.artifact / "metrics.jsonl", kind="eval").get("values", {})
-    return values
+def last_line(node: Node, *, kind: str) -> dict[str, Any]:
+    """A finished stage's last numbers of a kind; nothing where there are none."""
+    return newest_line(node.artifact / "metrics.jsonl", kind=kind)
 
 
 def totals(run: Run, until: Span) -> dict[str, float]:

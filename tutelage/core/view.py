@@ -71,6 +71,7 @@ class View:
     lengths: dict[int, float] = field(default_factory=dict)  # of a curriculum's pieces: the share of the data in each
     found: dict[str, float] = field(default_factory=dict)  # by the probes before this one, in this measurement
     history: dict[str, dict[str, float]] = field(default_factory=dict)  # earlier stages' measures: stage, column
+    trained: dict[str, float] = field(default_factory=dict)  # tokens of earlier stages with data, oldest first; or 0
     _data: Callable[[str], Data] | None = None
     _source: Callable[[str], Data] | None = None
     _try: Callable[[Iterable[Batch], Callable[[], Any]], Any] | None = None
@@ -141,7 +142,7 @@ class View:
         return self.heldout[column]
 
     def sample(self, rows: int) -> Batch:
-        """Rows like the next ones (of the commonest length, where a curriculum cuts); the stream is not moved."""
+        """Rows like the next ones (of the commonest length, of all classes, where a curriculum divides); no stream moves."""
         assert self._sample is not None
         return self._sample(rows)
 

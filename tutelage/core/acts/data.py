@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core.acts.trial import Trial
-from tutelage.core.parts import divide
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
@@ -45,9 +44,8 @@ def _added(run: Run, trial: Trial, action: Any, place: str) -> None:
         )
     if sum(spec["weight"] for spec in run.steered.added.values()) + action.weight >= 1:
         raise UserError(f"{place}: the sources that were added would take the whole mixture")
-    found = run.corpora.of(action.name, action.source)  # read and cut now, so that what is wrong with it is told now
-    if run.parts.cut:
-        divide(found.train, run.parts.cut)
+    found = run.corpora.of(action.name, action.source)  # read and divided now, so that what is wrong is told now
+    run.parts.divided(found.train)
     trial.added.add(action.name)
 
 
