@@ -265,6 +265,14 @@ def _config(node: Node) -> dict[str, Any]:
     return graph.modality.start_files(start["folder"] if isinstance(start, dict) else start)[1]
 
 
+def _fresh(node: Node) -> bool:
+    """Whether a stage starts from random weights."""
+    (start, *_), graph = node.starts(), node.graph
+    if graph.stage_name(start) or isinstance(start, dict):
+        return isinstance(start, dict) and not {"stage", "folder", "best"} & set(start)
+    return graph.modality.start_files(start)[0] is None
+
+
 def _applied(node: Node) -> list[str]:
     return registry.make(node.stage.apply or "", place=f"stages.{node.name}.apply").hooks()
 
@@ -307,11 +315,12 @@ def _processor(node: Node, notes: list[str], seen: dict[str, Any]) -> tuple[Any,
 
 
 def _model(node: Node, processor: Any, seen: dict[str, Any]) -> Model:
-    config, stage = _config(node), node.stage
-    listed = methods_of(node.name, stage)
-    key = f"model|{json.dumps(config, default=str)}|{stage.length}|{stage.train}|{[repr(m) for m in listed.all()]}"
+    config, stage, fresh = _config(node), node.stage, _fresh(node)
+    listed = [repr(method) for method in methods_of(node.name, stage).all()]
+    key = f"model|{json.dumps(config, default=str)}|{fresh}|{stage.length}|{stage.train}|{listed}"
     if key not in seen:
-        seen[key] = sizing.model_of(node, config, processor=processor, methods=listed)
+        methods = methods_of(node.name, stage)
+        seen[key] = sizing.model_of(node, config, processor=processor, methods=methods, fresh=fresh)
     found: Model = seen[key]
     return found
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tutelage.base.spec import Stage
-from tutelage.core import flops, memory, micro, quantized
+from tutelage.core import flops, memory, micro, quantized, shape
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.device import autocast_of
 from tutelage.core.graph import Methods, Node
@@ -46,8 +46,8 @@ def device_of(stage: Stage) -> torch.device:
     return torch.device(stage.engine.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def model_of(node: Node, config: dict[str, Any], *, processor: Any, methods: Methods) -> Model:
-    """The start's model on the meta device, wrapped and frozen as the stage says."""
+def model_of(node: Node, config: dict[str, Any], *, processor: Any, methods: Methods, fresh: bool = False) -> Model:
+    """The start's model on the meta device, wrapped and frozen as the stage says; `fresh` if its weights are random."""
     with torch.device("meta"):
         model = node.graph.modality.model(None, config, processor=processor, length=node.stage.length)
     notes = [f"{where}'s own state is not counted" for where in _with_state(methods)]
@@ -55,7 +55,7 @@ def model_of(node: Node, config: dict[str, Any], *, processor: Any, methods: Met
     patterns = node.stage.train
     for method in methods.having("wrap"):
         try:
-            wrap(model, method)
+            wrap(model, method, fresh=fresh)
         except Exception as error:  # a wrap may look at more of a run than there is here
             notes.append(f"{method.name()} is not counted: it wraps only real weights ({type(error).__name__})")
     parts = anatomy(model)
@@ -63,6 +63,8 @@ def model_of(node: Node, config: dict[str, Any], *, processor: Any, methods: Met
         chosen = set(parts.match(patterns))
         for name, p in model.named_parameters():
             p.requires_grad_(name in chosen)
+    for method in methods.having("freeze"):
+        shape.frozen(model, method, stand_in(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Model(model, parts, params, trained, notes)
 
@@ -73,21 +75,24 @@ def _with_state(methods: Methods) -> list[str]:
     return [m.name() for m in methods.all() if any(hook in telling for hook in m.hooks()) and not m.refs]
 
 
-def wrap(model: nn.Module, method: Any) -> None:
+def stand_in(model: nn.Module, *, fresh: bool = False) -> Any:
+    """The part of a view that hooks need which say what is trained."""
+    engine = SimpleNamespace(anatomy=anatomy(model), model=model)
+    return SimpleNamespace(engine=engine, rng=lambda purpose: torch.Generator(), fresh=fresh)
+
+
+def wrap(model: nn.Module, method: Any, *, fresh: bool) -> None:
     """Wrap layers as at a stage's start."""
-    parts = anatomy(model)
-    view = SimpleNamespace(engine=SimpleNamespace(anatomy=parts, model=model), rng=lambda purpose: torch.Generator())
+    view = stand_in(model, fresh=fresh)
     wrappers = {}
-    for name in parts.linears:
+    for name in view.engine.anatomy.linears:
         wrapper = method.wrap(model.get_submodule(name), name, view)
         if wrapper is not None:
             wrappers[name] = wrapper
-    model.requires_grad_(False)
     for name, wrapper in wrappers.items():
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, wrapper)
-        for inner, p in wrapper.named_parameters():
-            p.requires_grad_(method.trains(inner))
+    shape.trained_of(model, [(wrapper, method) for wrapper in wrappers.values()])
 
 
 # -- operations -------------------------------------------------------------------------------------------------------
@@ -206,7 +211,8 @@ def _states(method: Any, role: str, shape: torch.Size) -> int:
 def weights_of(node: Node, model: Model) -> int:
     """Bytes of the weights while the stage trains, its checkpoints' too."""
     quantize = node.stage.engine.quantize is not None
-    return 4 * model.params - (quantized.saved(model.module, model.parts, item=4) if quantize else 0)
+    held = sum(p.numel() for p in model.module.parameters())  # with what wrappers add, without what they let go of
+    return 4 * held - (quantized.saved(model.module, model.parts, item=4) if quantize else 0)
 
 
 def memory_of(node: Node, model: Model, methods: Methods, *, rows: int) -> dict[str, Any]:

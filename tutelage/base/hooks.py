@@ -62,6 +62,9 @@ HOOKS: dict[str, Hook] = {
     "step": Hook("step(engine, batch, view) -> dict[str, float]", "replaces the whole step", slot="step"),
     "modules": Hook("modules(model) -> dict[str, Module]", "trainable parts it owns"),
     # what the model is made of
+    "freeze": Hook(
+        "freeze(names, view) -> set[str]", "which of these parameters stay as they are; asked again on resume, so pure"
+    ),
     "wrap": Hook("wrap(layer, name, view) -> Module | None", "a trainable wrapper for a layer, or None to leave it"),
     "fold": Hook("fold(module) -> Tensor", "the plain weight that a wrapper stands for, for export"),
     "adapter": Hook("adapter(modules) -> (config, tensors)", "what the wrappers hold, in PEFT's format"),

@@ -65,7 +65,7 @@ def tried(run: Run, batches: Iterable[Batch], then: Callable[[], Any]) -> Any:
 
 
 def trainable(run: Run) -> None:
-    """Freeze what `train` does not name; the engine's parameters are the rest, by name."""
+    """Freeze what `train` does not name, and what methods do; the engine's parameters are the rest, by name."""
     model, patterns = run.engine.model, run.node.stage.train
     own = {id(p) for module in run.extra.values() for p in module.parameters()}
     wrapped = bool(run.wrapped)
@@ -75,11 +75,21 @@ def trainable(run: Run) -> None:
             p.requires_grad_(name in chosen or id(p) in own)
     elif not wrapped:
         model.requires_grad_(True)
+    for method in run.methods.having("freeze"):
+        frozen(model, method, run.view, wrapped=run.wrapped)
     run.engine.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for label, module in run.extra.items():
         run.engine.params |= {f"{label}.{n}": p for n, p in module.named_parameters() if p.requires_grad}
     if not run.engine.params:
         raise UserError(f"stages.{run.node.name}: nothing is trained; `train` matches no parameter")
+
+
+def frozen(model: nn.Module, method: Any, view: Any, *, wrapped: Iterable[str] = ()) -> None:
+    """Freeze what a method names of the parameters trained so far, those of wrapped layers left out: they are others'."""
+    within = tuple(f"{layer}." for layer in wrapped)
+    names = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(within)]
+    for name in method.freeze(names, view):
+        model.get_parameter(name).requires_grad_(False)
 
 
 def wrap(run: Run) -> None:
@@ -102,10 +112,7 @@ def wrap(run: Run) -> None:
         if len(run.wrapped) == len(before):
             raise UserError(f"stages.{run.node.name}: {method.name()} found no layer to wrap")
     if run.wrapped:
-        model.requires_grad_(False)
-        for wrapper, method, _ in run.wrapped.values():
-            for name, p in wrapper.named_parameters():
-                p.requires_grad_(method.trains(name))
+        trained_of(model, [(wrapper, method) for wrapper, method, _ in run.wrapped.values()])
         engine.anatomy = anatomy(model)
     for method in run.methods.having("modules"):
         run.view.reseed(f"modules|{method.name()}")
@@ -118,6 +125,14 @@ def wrap(run: Run) -> None:
     if run.node.stage.engine.compile:
         engine.anatomy.backbone.compile()
     model.train()
+
+
+def trained_of(model: nn.Module, wrappers: list[tuple[nn.Module, Any]]) -> None:
+    """Train of wrappers what their methods say, and the rest of the model where none of them freezes it."""
+    model.requires_grad_(not any(method.freezes for _, method in wrappers))
+    for wrapper, method in wrappers:
+        for name, p in wrapper.named_parameters():
+            p.requires_grad_(method.trains(name))
 
 
 def set_dropout(model: nn.Module, patterns: str | list[str], rate: float) -> None:

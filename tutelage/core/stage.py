@@ -220,7 +220,7 @@ def opened(node: Node, *, world: World, say: Say, start: Any = None) -> Opened:
         penalties=methods.having("penalty"),
         grad_hooks=methods.having("grads"),
     )
-    view = View(clock=Clock(), seed=node.seed, stage=node.root, engine=engine)
+    view = View(clock=Clock(), seed=node.seed, stage=node.root, engine=engine, fresh=folder is None)
     if stage.tokenizer is not None and folder is not None:
         own = modality.processor(None, folder=folder, texts=list, cache=node.graph.runs / ".data")
         view.same_tokens = modality.processor_id(own) == modality.processor_id(processor)

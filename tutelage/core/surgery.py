@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Site:
 
     seed: int
     stage: str  # without its arm
+    names: tuple[str, ...] = ()  # of all tensors that are merged
 
     def rng(self, purpose: str) -> torch.Generator:
         """A CPU generator that depends on seed, stage and purpose only, whatever was merged before."""
@@ -129,6 +130,7 @@ def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: 
             )
     about = inputs[0].about
     wide = {name: about[name].size // max(1, math.prod(about[name].shape)) for name in names}  # bytes of an entry
+    site = replace(site, names=tuple(names))
     names.sort(key=lambda name: -wide[name])  # so that each begins at a multiple of its entries' size
     shards = sharded({name: about[name].size for name in names})
     index: dict[str, str] = {}

@@ -63,6 +63,7 @@ class View:
     heldout: dict[str, Data] = field(default_factory=dict)  # what is measured, by column of the forgetting matrix
     sources: list[str] = field(default_factory=list)  # that the stage learns from, in the recipe's order
     kept: frozenset[str] = frozenset()  # the columns that `keep` names
+    fresh: bool = False  # the stage starts from random weights
     same_tokens: bool = True  # whether the start's tokenizer is this stage's too
     passages: int = 64  # rows measured per column
     few: int = 64  # of these, the first ones that every measurement of the stage has

@@ -27,17 +27,15 @@ def _froze(run: Run, trial: Trial, action: Any, place: str) -> None:
 
 
 def _unfroze(run: Run, trial: Trial, action: Any, place: str) -> None:
-    parts = {
-        f"{layer}.{name}"
-        for layer, (wrapper, method, _) in run.wrapped.items()
-        for name, _ in wrapper.named_parameters()
-        if method.trains(name)
-    }
-    if run.wrapped and matched(run, action.modules, place) - parts:
-        raise UserError(
-            f"{place}: under a wrapper ({run.methods.having('wrap')[0].name()}) only its own parts are trained"
-        )
-    matched(run, action.modules, place)
+    asked = matched(run, action.modules, place)
+    inside, parts = set(), set()
+    for layer, (wrapper, method, _) in run.wrapped.items():
+        names = [name for name, _ in wrapper.named_parameters()]
+        inside |= {f"{layer}.{name}" for name in names}
+        parts |= {f"{layer}.{name}" for name in names if method.trains(name)}
+    wrapping = run.methods.having("wrap")
+    if (asked if any(method.freezes for method in wrapping) else asked & inside) - parts:
+        raise UserError(f"{place}: under a wrapper ({wrapping[0].name()}) only its own parts are trained")
 
 
 def _module_effect(run: Run, action: Any) -> dict[str, Any]:
