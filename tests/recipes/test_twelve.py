@@ -56,7 +56,7 @@ def test_twelve_methods_run_together_and_a_killed_run_retraces(tmp_path: Path) -
     assert table["continual/ewc"]["hooks"]["penalty"]["calls"] == 8 and table["continual/ewc"]["before"] > 0
     assert table["steer/plateau"]["hooks"]["act"]["calls"] == 8
     assert table["continual/lwf"]["hooks"]["auxiliary"]["seconds"] > table["steer/plateau"]["seconds"] > 0
-    assert 0 < sum(row["share"] for row in table.values()) <= 1.01
+    assert 0 < sum(row["share"] for row in table.values()) <= 1.1  # what is neither training nor a policy's is rest
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "What methods take of the time" in page and "time of the methods of two" in page
 
@@ -68,6 +68,6 @@ def test_sums_of_a_resumed_stage_are_added_to_those_before(tmp_path: Path) -> No
     for _ in range(2):
         once().keep(tmp_path)
     (row,) = profile.rows(tmp_path, training=4.0)
-    assert (row["method"], row["seconds"], row["share"], row["before"]) == ("a/b", 1.0, 0.25, pytest.approx(2.0))
+    assert (row["method"], row["seconds"], row["share"], row["before"]) == ("a/b", 1.0, 0.2, pytest.approx(2.0))
     assert row["hooks"]["act"] == {"calls": 4, "seconds": 1.0}
     assert profile.rows(tmp_path / "nothing", training=1.0) == []

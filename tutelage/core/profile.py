@@ -58,12 +58,14 @@ def read(folder: Path | None) -> dict[str, dict[str, list[float]]]:
 
 
 def rows(folder: Path | None, *, training: float) -> list[dict[str, Any]]:
-    """A row a method, the costliest first. `training`: seconds of the stage's steps, of which `share` is a share.
+    """A row a method, the costliest first.
 
-    `seconds` are those within the steps, `before` those of the work before the first; `hooks` has calls and seconds of each.
+    training: seconds of the stage's steps; `share` is of these and of what policies took between them
+    `seconds` are those of the steps, `before` those of the work before the first; `hooks` has calls and seconds of each.
     """
-    table = []
-    for name, hooks in read(folder).items():
+    table, kept = [], read(folder)
+    training += sum(hooks["act"][1] for hooks in kept.values() if "act" in hooks)
+    for name, hooks in kept.items():
         called = {hook: {"calls": int(calls), "seconds": took} for hook, (calls, took) in hooks.items() if calls}
         before = sum(took["seconds"] for hook, took in called.items() if hook in BEFORE)
         within = sum(took["seconds"] for took in called.values()) - before
