@@ -55,6 +55,9 @@ def test_twelve_methods_run_together_and_a_killed_run_retraces(tmp_path: Path) -
     assert len(methods) == 12 and {entry["use"] for entry in methods} - {"condition/metadata"} <= set(table)
     assert table["continual/ewc"]["hooks"]["penalty"]["calls"] == 8 and table["continual/ewc"]["before"] > 0
     assert table["steer/plateau"]["hooks"]["act"]["calls"] == 8
+    assert (
+        table["objective/causal_lm"]["hooks"]["loss"]["calls"] == 16
+    )  # two micro-batches a step, and none of EWC's own
     assert table["continual/lwf"]["hooks"]["auxiliary"]["seconds"] > table["steer/plateau"]["seconds"] > 0
     assert 0 < sum(row["share"] for row in table.values()) <= 1.1  # what is neither training nor a policy's is rest
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")

@@ -29,6 +29,7 @@ class Profile:
     """Calls and seconds by method and hook, of one process."""
 
     hooks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    inside: bool = False  # a hook is at work; what it makes others do is its own time
 
     def watch(self, methods: list[Method]) -> None:
         """Time the hooks of these methods from now on. The methods stay what they are; two of one name are summed."""
@@ -49,6 +50,21 @@ class Profile:
                 old[0] += calls
                 old[1] = round(old[1] + took, 6)
         write_whole(folder / FILE, json.dumps(hooks))
+
+    def _timed(self, hook: Callable[..., Any], sums: list[float]) -> Callable[..., Any]:
+        @wraps(hook)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return hook(*args, **kwargs)
+            self.inside, began = True, time.perf_counter()
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                self.inside = False
+                sums[0] += 1
+                sums[1] += time.perf_counter() - began
+
+        return call
 
 
 def read(folder: Path | None) -> dict[str, dict[str, list[float]]]:
@@ -73,16 +89,3 @@ def rows(folder: Path | None, *, training: float) -> list[dict[str, Any]]:
         if called:
             table.append({"method": name, "seconds": within, "share": share, "before": before, "hooks": called})
     return sorted(table, key=lambda row: -row["seconds"])
-
-
-def _timed(hook: Callable[..., Any], sums: list[float]) -> Callable[..., Any]:
-    @wraps(hook)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return hook(*args, **kwargs)
-        finally:
-            sums[0] += 1
-            sums[1] += time.perf_counter() - began
-
-    return call

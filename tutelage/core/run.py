@@ -282,7 +282,9 @@ def _run_here(node: Node, world: World, result: Result, tell: Tell) -> None:
 
 def _why(node: Node, error: BaseException) -> str:
     """Why a stage failed, in one line; of what is our fault, where the trace lies."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error} (see {node.folder}/{TRACE})"
+    return (
+        str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error} (see {node.folder}/{TRACE})"
+    )
 
 
 def _leave(number: int, frame: Any) -> None:
