@@ -37,9 +37,8 @@ class Profile:
             for hook in method.hooks():
                 if HOOKS[hook].kind == "train" and hook not in APART:
                     sums = self.hooks.setdefault(method.name(), {}).setdefault(hook, [0, 0.0])
-                    object.__setattr__(
-                        method, hook, _timed(getattr(method, hook), sums)
-                    )  # no setting: pydantic stays out
+                    timed = self._timed(getattr(method, hook), sums)
+                    object.__setattr__(method, hook, timed)  # no setting: pydantic stays out
 
     def keep(self, folder: Path) -> None:
         """Add this process's sums to those of the stage's earlier ones. A process that was killed left none."""
