@@ -11,7 +11,7 @@ from rich.console import Console
 from tutelage.base import load
 from tutelage.base.clock import Clock, Span
 from tutelage.base.errors import UserError
-from tutelage.base.spec import Recipe, SourceSpec
+from tutelage.base.spec import Recipe, SourceSpec, lean
 from tutelage.core import artifact
 from tutelage.core.elsewhere import at_step, saved_steps
 from tutelage.core.graph import Node, methods_of
@@ -59,7 +59,7 @@ def branch_stage(stage: str, recipe: Path, *, step: int | None, sets: list[str],
 
 
 def _yaml(recipe: Recipe) -> str:
-    tree = recipe.model_dump(mode="json", exclude_defaults=True)
+    tree = lean(recipe)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -67,7 +67,7 @@ def _tree(node: Node, step: int, *, stage_name: str, sets: list[str]) -> tuple[d
     """The branch's recipe as a tree, with a note on everything that is taken along, changed or impossible."""
     assert node.folder is not None
     facts = artifact.load_state(node.folder / "state" / f"{step:09d}")[1]
-    stage = node.stage.model_dump(mode="json", exclude_defaults=True)
+    stage = lean(node.stage)
     notes = [("kept", "weights, tokenizer")]
     stage.pop("tokenizer", None)  # the start's own now
     wrapped = [method.name() for method in methods_of(node.name, node.stage).having("wrap")]
@@ -111,7 +111,7 @@ def _tree(node: Node, step: int, *, stage_name: str, sets: list[str]) -> tuple[d
 
 def _spec(node: Node, spec: SourceSpec) -> dict[str, Any]:
     """A source as a recipe of its own can name it: rows that a stage made are read from where they lie."""
-    tree = spec.model_dump(mode="json", exclude_defaults=True)
+    tree = lean(spec)
     rows = node.rows_of(spec)
     if rows is not None:
         tree.pop("stage")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tutelage.base import load
 from tutelage.base.errors import UserError
-from tutelage.base.spec import Recipe
+from tutelage.base.spec import Recipe, lean
 from tutelage.core.graph import methods_of
 from tutelage.core.pace import UNKNOWN
 from tutelage.core.record import read_lines
@@ -30,7 +30,7 @@ def retell(reference: str, *, out: Path, runs: Path, console: Console) -> None:
     if not (home / "recipe.yaml").exists():
         raise UserError(f"{home / 'recipe.yaml'} is missing: it is what the actions are added to")
     recipe = load.load(home / "recipe.yaml")
-    tree = recipe.model_dump(mode="json", exclude_defaults=True)
+    tree = lean(recipe)
     stages = tree.pop("stages")
     text = [f"# written by: tutelage new recipe --from {reference}", *_dump(tree), "stages:"]
     count = 0

@@ -13,7 +13,7 @@ from tutelage.base.clock import Span
 from tutelage.base.errors import UserError
 from tutelage.base.load import dump, load
 from tutelage.base.marked import parse, to_yaml
-from tutelage.base.spec import Recipe, Stage
+from tutelage.base.spec import Recipe, Stage, lean
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if "stages:" in p.read_text(encoding="utf-8"))
@@ -307,3 +307,14 @@ def test_a_stage_that_does_not_train_has_rows_as_long_as_what_it_comes_from() ->
     assert lengths == {"a": 64, "b": 96, "merged": 96, "grown": 96, "table": 64, "told": 512, "alone": 512, "on": 512}
     assert load(dump(found)) == found
     assert load(Recipe.model_validate({"stages": stages})) == found
+
+
+def test_a_lean_recipe_says_no_default_and_loads_equal() -> None:
+    stages = {
+        "one": {"start": "m", "data": {"a": {"path": "x.jsonl", "val": "20%"}}, "until": "10step"},
+        "two": {"start": "one", "data": {"a": "x.jsonl"}, "until": "10min"},
+    }
+    recipe = load({"stages": stages})
+    tree = lean(recipe)
+    assert tree["stages"]["one"] == stages["one"] and set(tree["stages"]["two"]) == {"start", "data", "until"}
+    assert set(tree) == {"stages"} and load(tree) == recipe

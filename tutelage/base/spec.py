@@ -70,6 +70,26 @@ class Waiting(Strict):
         return dict(value) if isinstance(value, Late) else handler(value)
 
 
+def lean(part: Any) -> Any:
+    """A part of a recipe as a person would write it: plain values, without keys that only say what holds anyway.
+
+    pydantic's own `exclude_defaults` finds no default in a part whose fields have serializers (`Waiting`).
+    """
+    return _lean(part, part.model_dump(mode="json"))
+
+
+def _lean(part: Any, tree: Any) -> Any:
+    if isinstance(part, BaseModel):
+        fields = type(part).model_fields.items()
+        kept = {n: getattr(part, n) for n, f in fields if getattr(part, n) != f.get_default(call_default_factory=True)}
+        return {name: _lean(value, tree[name]) for name, value in kept.items()}
+    if isinstance(part, dict):
+        return {key: _lean(value, inner) for value, (key, inner) in zip(part.values(), tree.items(), strict=True)}
+    if isinstance(part, list):
+        return [_lean(value, inner) for value, inner in zip(part, tree, strict=True)]
+    return tree
+
+
 class SourceSpec(Waiting):
     """One body of data. Write a path or `stdlib:prose` alone as shorthand for `{path: …}`."""
 
