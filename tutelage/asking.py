@@ -14,7 +14,6 @@ from tutelage.base.errors import UserError
 from tutelage.core.record import dumps
 
 console = Console(highlight=False)
-LOOKS = ("status", "log")
 REFUSED = 1  # exit code
 
 
@@ -118,7 +117,7 @@ def short(value: Any) -> str:
 
 def said(act: dict[str, Any]) -> str:
     """An action on one line: `set optim.lr 0.0003`."""
-    rest = {key: value for key, value in act.items() if key != "do" and value is not None}
+    rest = {key: value for key, value in act.items() if key not in ("do", "acts") and value is not None}
     if act["do"] in ("set", "scale"):
         return f"{act['do']} {act['path']} {short(act.get('to', act.get('by')))}"
     if act["do"] == "mix":
@@ -190,7 +189,7 @@ def words_like(run: str, before: list[str], incomplete: str, *, runs: Path) -> l
     """What may come next on the line: a verb, or what is steerable in the named run."""
     before = before[len(before) - before[::-1].index("+") :] if "+" in before else before
     if not before:
-        return [verb for verb in (*wording.VERBS, *LOOKS) if verb.startswith(incomplete)]
+        return [verb for verb in (*wording.VERBS, *wording.LOOKS) if verb.startswith(incomplete)]
     try:
         now = steering.controls(steering.find(run, runs=runs))
     except (UserError, json.JSONDecodeError):

@@ -91,7 +91,9 @@ def overview(folder: Path, console: Console) -> None:
         console.print(f"  {name}  {value:.4f}" if isinstance(value, float) else f"  {name}  {value}")
     for line in read_lines(folder / "journal.jsonl"):
         console.print(
-            f"tick {line['tick']}  {line['by']}: {json.dumps(line['do'])} {line.get('why', '')}", markup=False
+            f"tick {line['tick']}  {line['by']}: {json.dumps(line['do'])} {line.get('why', '')}",
+            soft_wrap=True,
+            markup=False,
         )
 
 

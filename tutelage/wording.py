@@ -38,6 +38,7 @@ VERBS = {
     "unlock": "[agent] [policy]",
     "note": "TEXT",
 }
+LOOKS = ("status", "log")  # what stands alone and asks for nothing
 
 
 def actions(words: list[str]) -> list[dict[str, Any]]:
@@ -56,8 +57,11 @@ def action(words: list[str]) -> dict[str, Any]:
     """One action."""
     verb = (words or [""])[0]
     if verb not in VERBS:
+        known = [*VERBS, *LOOKS]
+        if verb in LOOKS:
+            raise UserError(f"'{verb}' stands alone: it only looks")
         raise UserError(
-            f"'{verb}' is nothing that can be done{did_you_mean(verb, VERBS)} (there are: {', '.join(VERBS)})"
+            f"'{verb}' is nothing that can be done{did_you_mean(verb, known)} (there are: {', '.join(known)})"
         )
     given = {k: v for k, v in vars(_PARSERS[verb].parse_args(words[1:])).items() if v is not None}
     made = {"do": verb.replace("-", "_"), **given}

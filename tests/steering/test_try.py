@@ -145,7 +145,7 @@ def test_a_stage_that_is_not_running_is_tried_from_its_last_save(
 ) -> None:
     runs = steered(tmp_path, {}, monkeypatch=monkeypatch, only="one", steps=12)
     folder = runs / "toy/one/1"
-    with pytest.raises(UserError, match="the twin changed did not do it .refused.: `mix` weighs a, b"):
+    with pytest.raises(UserError, match="the twin changed did not do it .refused.: there is no source 'z' to mix"):
         trying.run_try(trying.begin_try(folder, [{"do": "mix", "weights": {"z": 1}}], 3, by="ada"))
     done = CliRunner().invoke(
         app, ["try", "toy/one", "mix", "b=1", "--steps", "3", "--yes", "--runs", str(runs), "--json"]

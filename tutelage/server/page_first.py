@@ -66,7 +66,8 @@ class First:
         self.trend.set_text(live.trend())
         self.rate.set_text(rate(live.rate()))
         peak = live.target("optim.base").get("now")
-        self.rate_note.set_text(f"of {rate(peak)} at the schedule's peak" if finite(peak) else "schedule included")
+        note = f"of {rate(peak)} at the schedule's peak" if finite(peak) else "schedule included"
+        self.rate_note.set_text(note if live.live else "in the last step")
         share, words = live.progress()
         left = live.left()
         self.left.set_text("done" if live.state == "finished" else duration(left))

@@ -257,8 +257,9 @@ class Live:
 
     def alerts(self) -> list[tuple[str, bool]]:
         """What somebody should look at now, in words, and whether it is grave."""
-        found = [(self.feed.fault, True)] if self.feed.fault else []
-        found += [(str(one["text"]), bool(one["grave"])) for one in self.controls["alerts"] if not self.feed.fault]
+        if self.feed.fault:
+            return [(self.feed.fault, True)]
+        found = [(str(one["text"]), bool(one["grave"])) for one in self.controls["alerts"]]
         found += [(self.torn, False)] if self.torn else []
         if self.feed.loading is None and (broken := self.feed.table.broken):
             found.append((f"metrics.jsonl is damaged: {broken} of its lines cannot be read and are left out", False))

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 def _mixed(run: Run, trial: Trial, action: Any, place: str) -> None:
     own = trial.own(run)
-    if set(action.weights) - set(own) or (action.weights and not sum(action.weights.values()) > 0):
+    if other := sorted(set(action.weights) - set(own)):
+        there = f"{did_you_mean(other[0], own)} (there are: {', '.join(own)})"
+        raise UserError(f"{place}: there is no source '{other[0]}' to mix{there}")
+    if action.weights and not sum(action.weights.values()) > 0:
         raise UserError(f"{place}: `mix` weighs {', '.join(own)} with numbers, 0 or more, not all zero")
 
 
