@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor import config, cpp_builder, exc
+from torch._inductor import cpp_builder, exc
 
 from tests.toy import graph, numbers
 from tutelage.base.errors import UserError
@@ -18,16 +18,20 @@ from tutelage.look import digest_of
 
 
 def compiled(recipe: dict[str, Any]) -> None:
-    recipe["stages"]["one"]["engine"] = {"device": "cpu", "micro": 4, "compile": True}
+    recipe["stages"]["one"]["save"] = {"every": "2step"}
+    recipe["stages"]["one"] |= {"engine": {"device": "cpu", "micro": 4, "compile": True}, "evals": {"run": []}}
 
 
 def run(folder: Path, change: Any) -> Any:
-    built = graph(folder, steps=6, change=change)
+    built = graph(folder, steps=4, change=change)
     return run_graph(built, only="one", jobs=0, drift="refuse", tell=lambda stage, said: None)
 
 
 def test_a_machine_without_a_compiler_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     with pytest.raises(
         UserError, match=r"stages.one.engine.compile: .* needs a C\+\+ compiler .*: install g\+\+ .*leave"
     ):
@@ -47,7 +51,12 @@ def test_a_compiled_stage_learns_the_same_and_a_cut_one_retraces(
     counters.clear()
     assert run(tmp_path / "whole", compiled).done == ["one"]
     assert counters["stats"]["unique_graphs"] > 0, "it was compiled"
-    run(tmp_path / "plain", lambda recipe: recipe["stages"]["one"].update(engine={"device": "cpu", "micro": 4}))
+
+    def plain(recipe: dict[str, Any]) -> None:
+        compiled(recipe)
+        recipe["stages"]["one"]["engine"]["compile"] = False
+
+    run(tmp_path / "plain", plain)
     losses = {
         name: [row["loss"] for row in numbers(tmp_path / name / "runs/toy/one/1", kind="train")]
         for name in ("whole", "plain")
@@ -57,7 +66,7 @@ def test_a_compiled_stage_learns_the_same_and_a_cut_one_retraces(
 
     def stopping(at: Any, *args: Any, **kwargs: Any) -> None:
         record(at, *args, **kwargs)
-        if at.clock.step == 5:
+        if at.clock.step == 3:
             raise loop.Stopped("test")
 
     with monkeypatch.context() as patch:

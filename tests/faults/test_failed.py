@@ -43,7 +43,8 @@ def test_a_report_is_written_when_a_stage_fails(jobs: int, tmp_path: Path, monke
     assert "in broken\n" in (home / "two/1/error.txt").read_text()
     if not jobs:
         monkeypatch.setattr(running, "build", build)
-        assert run_recipe(tmp_path / "toy.yaml", jobs=jobs, **how) == 0
+        made = graph(tmp_path, steps=1)
+        running.run_graph(made, only=None, jobs=0, drift="refuse", tell=lambda stage, said: None)
         assert not (home / "two/1/error.txt").exists(), "of a failure that is mended"
 
 
