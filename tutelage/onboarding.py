@@ -148,7 +148,8 @@ def warnings(data: Data, made: Choices) -> list[str]:
     if data.malformed:
         found.append(f"{data.malformed:,} malformed records are skipped: {'; '.join(data.places)}")
     if made.held < 50:
-        found.append(f"only about {made.held} passages are held out: numbers measured on them will be rough")
+        some = "one passage is" if made.held == 1 else f"{made.held} passages are"
+        found.append(f"only about {some} held out: numbers measured on so little will be rough")
     if made.lora and not made.room.lora_fits:
         found.append(
             f"even with LoRA this needs about {_gb(made.room.lora)}, and {_gb(made.room.free)} are free on this "

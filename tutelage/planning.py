@@ -16,12 +16,12 @@ from tutelage import sampling, sizing
 from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.base.rules import entered_by
-from tutelage.base.spec import SourceSpec
+from tutelage.base.spec import SourceSpec, Stage
 from tutelage.base.values import late_names
 from tutelage.core import artifact, rules
-from tutelage.core.graph import Graph, Node, methods_of
+from tutelage.core.graph import Graph, Node, begun, methods_of
 from tutelage.core.identity import difference
-from tutelage.core.record import read_lines
+from tutelage.core.record import newest_line
 from tutelage.core.settle import settle
 from tutelage.core.stage import totals
 from tutelage.display import spell
@@ -105,7 +105,7 @@ def _standing(node: Node, pending: dict[str, list[str]]) -> dict[str, Any]:
     found: dict[str, Any] = {"state": node.state, "folder": str(node.folder), "fingerprint": node.fingerprint}
     assert node.folder is not None
     older = node.folder.parent / str(int(node.folder.name) - 1) / "stage.json"
-    if node.state == "new" and older.exists():
+    if node.state == "new" and older.exists() and begun(older.parent):
         old = json.loads(older.read_text(encoding="utf-8"))["parts"]
         found |= {"state": "changed", "difference": difference(old, node.parts)}
     if node.state == "partial":
@@ -115,8 +115,7 @@ def _standing(node: Node, pending: dict[str, list[str]]) -> dict[str, Any]:
         )
         found["done_steps"] = facts["clock"]["step"]
     if node.state in ("done", "reused"):
-        rows = [r for r in read_lines(node.artifact / "metrics.jsonl") if r["kind"] == "eval"]
-        found["values"] = rows[-1]["values"] if rows else {}
+        found["values"] = newest_line(node.artifact / "metrics.jsonl", kind="eval").get("values", {})
     return found
 
 
@@ -153,9 +152,10 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     if key not in seen:
         seen[key] = (
             sizing.memory_of(node, model, methods, rows=row["rows"]),
-            sizing.flops_per_row(model, stage.length),
+            sizing.work_of(model, stage.length),
         )
-    row["memory"], each = seen[key]
+    row["memory"], work = seen[key]
+    each = work.mean(_lengths(stage, amounts)) * stage.length
     new = 0.0
     for name, found in amounts.items():  # what several stages read is tokenized once
         mark = f"data|{stage.data[name].model_dump_json(exclude={'weight'})}|{id(processor)}"
@@ -167,6 +167,17 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     shape = {"length": stage.length, "rows": row["rows"], "steps": row.get("steps", 0), "sources": len(stage.data)}
     if row["state"] != "partial":
         _besides(row, sizing.besides(methods, model, **shape, each=each), rate)
+
+
+def _lengths(stage: Stage, amounts: dict[str, Amount]) -> dict[int, float]:
+    """Shares of what is trained on by length of row: the stage's own, or those that a curriculum cuts sources into."""
+    found: dict[int, float] = {}
+    for name, amount in amounts.items():
+        weight = stage.data[name].weight
+        for length, share in amount.lengths.items():
+            found[length] = found.get(length, 0.0) + share * (1.0 if weight is None else weight)
+    whole = sum(found.values())
+    return {length: share / whole for length, share in found.items()} if whole else {stage.length: 1.0}
 
 
 def _rewrites(node: Node) -> bool:
@@ -235,8 +246,12 @@ def _amount(node: Node, name: str, spec: SourceSpec, processor: Any, cache: Path
         return Amount(None, None, str(Later([parent.name])))
     more = getattr(node.graph.modality, "extra_tokens", lambda processor: 0)(processor)  # a picture's patches, say
     words = getattr(processor, "tokenizer", processor)
+    how: dict[str, Any] = {"processor": words, "cache": cache, "rows": node.rows_of(spec), "length": node.stage.length}
+    curriculum = methods_of(node.name, node.stage).slots["curriculum"]
+    if curriculum is not None and "cut" in curriculum.hooks() and node.stage.until is not None:
+        how["cut"] = curriculum.cut
     try:
-        found = sampling.amount(name, spec, processor=words, cache=cache, rows=node.rows_of(spec))
+        found = sampling.amount(name, spec, **how)
         known = found.tokens is not None and more
         return dataclasses.replace(found, tokens=(found.tokens or 0) + more * found.records) if known else found
     except (UserError, OSError, KeyError, ValueError, TypeError) as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from tutelage.base.errors import UserError
@@ -32,6 +34,7 @@ class Amount:
     known: str
     stored: bool = False  # tokenized already
     records: float = 0.0
+    lengths: dict[int, float] = field(default_factory=dict)  # shares of the tokens by length of piece, if it is cut
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,26 @@ class Sample:
         return count if self.whole else f"a sample of {count}"
 
 
-def amount(name: str, spec: SourceSpec, *, processor: Any, cache: Path, rows: Path | None) -> Amount:
-    """Tokens and bytes of the training side of a source. Nothing is written."""
+def amount(
+    name: str,
+    spec: SourceSpec,
+    *,
+    processor: Any,
+    cache: Path,
+    rows: Path | None,
+    length: int | None = None,
+    cut: Callable[[int], list[int]] | None = None,
+) -> Amount:
+    """Tokens and bytes of the training side of a source. Nothing is written.
+
+    With `cut` tokens are those of the pieces into which it cuts chunks of at most `length`.
+    """
     found = _stored(name, spec, processor, cache, rows)
     if found is not None:
         train = orjson.loads((found / "meta.json").read_bytes())["train"]
-        return Amount(train["tokens"] - train["documents"], train["bytes"], "exact", stored=True)
+        tokens = train["tokens"] - train["documents"]
+        places = np.diff(np.load(found / "train" / "offsets.npy", mmap_mode="r")) - 1 if cut and tokens else None
+        return _cut(Amount(tokens, train["bytes"], "exact", stored=True), places, length, cut)
     some = sample(name, spec, cache=cache, rows=rows)
     share = store.held_out(name, spec)[0]
     if isinstance(spec.path, str) and spec.path.startswith("stdlib:"):
@@ -64,7 +81,25 @@ def amount(name: str, spec: SourceSpec, *, processor: Any, cache: Path, rows: Pa
     size = sum(len(text.encode()) for text in some.texts)
     tokens = (sum(map(len, ids)) + (ENDS - 1) * len(ids)) * some.bytes / max(1, size)
     records = len(ids) * some.bytes / max(1, size)
-    return Amount(tokens * (1 - share), some.bytes * (1 - share), some.known, records=records * (1 - share))
+    whole = Amount(tokens * (1 - share), some.bytes * (1 - share), some.known, records=records * (1 - share))
+    return _cut(whole, np.array([len(one) + ENDS - 1 for one in ids]), length, cut)
+
+
+def _cut(
+    whole: Amount, places: np.ndarray | None, length: int | None, cut: Callable[[int], list[int]] | None
+) -> Amount:
+    """What is left of a source whose documents have so many `places` [D], where a curriculum cuts their chunks."""
+    if cut is None or length is None or places is None or not len(places):
+        return whole
+    sizes: Counter[int] = Counter({length: int((places // length).sum())})
+    sizes.update((places % length).tolist())
+    pieces: Counter[int] = Counter()
+    for size, count in sizes.items():
+        for piece in cut(size) if size else ():
+            pieces[piece] += piece * count
+    left = sum(pieces.values())
+    lengths = {piece: pieces[piece] / left for piece in sorted(pieces)} if left else {}
+    return replace(whole, tokens=(whole.tokens or 0.0) * left / max(1, int(places.sum())), lengths=lengths)
 
 
 def _stored(name: str, spec: SourceSpec, processor: Any, cache: Path, rows: Path | None) -> Path | None:

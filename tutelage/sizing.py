@@ -6,8 +6,9 @@ import functools
 import json
 import os
 import shutil
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,7 +24,7 @@ from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.device import autocast_of
 from tutelage.core.graph import Methods, Node
 from tutelage.core.out import CHUNK
-from tutelage.core.record import read_lines
+from tutelage.core.record import each_line
 from tutelage.core.run import SMALL
 
 PEAK_SHARE = 0.3  # of the measured peak, what training gets where nothing better is known
@@ -98,8 +99,23 @@ def wrap(model: nn.Module, method: Any, *, fresh: bool) -> None:
 # -- operations -------------------------------------------------------------------------------------------------------
 
 
-def flops_per_row(model: Model, length: int) -> float:
-    """Operations of one training row: forward traced on tensors without contents, backward by what is trained.
+@dataclass(frozen=True)
+class Work:
+    """Operations of training rows: so many a position, and so many a pair of positions of one row."""
+
+    position: float
+    pair: float
+
+    def row(self, length: int) -> float:
+        return self.position * length + self.pair * length**2
+
+    def mean(self, lengths: Mapping[int, float]) -> float:
+        """Operations a position where rows have these lengths, in these shares of all positions."""
+        return sum(share * self.row(length) / length for length, share in lengths.items())
+
+
+def work_of(model: Model, length: int) -> Work:
+    """Forward traced on tensors without contents, on rows of about this length; backward by what is trained.
 
     A product's backward is two of its size, one for inputs and one for weights; attention's computes its scores again.
     """
@@ -115,10 +131,10 @@ def flops_per_row(model: Model, length: int) -> float:
     head = parts.head_module
     matrix = getattr(head, "weight", None)
     through = any(p.requires_grad and p is not matrix for p in module.parameters())
-    train = linear * length * (1 + through + share) + square * length**2 * (1 + 2.5 * through)
+    position = linear * (1 + through + share)
     if matrix is not None:
-        train += 2 * matrix.numel() * length * (1 + through + matrix.requires_grad)
-    return train
+        position += 2 * matrix.numel() * (1 + through + matrix.requires_grad)
+    return Work(position, square * (1 + 2.5 * through))
 
 
 def pass_per_row(model: Model, length: int) -> float:
@@ -132,15 +148,20 @@ def besides(
 ) -> list[dict[str, Any]]:
     """What methods compute beside the steps' own passes: `what` and `flops`, as far as settings and hooks tell.
 
-    A method with `begin` and a setting `rows` takes the gradient of so many rows; one that reads a frozen model has its
-    answer for every row of every step; one with a setting `pilot` makes so many steps on every source, unless it has a
-    `graph` already.
+    A method with `begin` and a setting `rows` takes the gradient of so many rows; one that wraps layers, with `begin` and a
+    setting `passages`, sends so many through the model, once at least; one that reads a frozen model has its answer for
+    every row of every step; one with a setting `pilot` makes so many steps on every source, unless it has a `graph`
+    already.
     """
     found = []
     for method in methods.all():
         count = getattr(method, "rows", None)
         if "begin" in method.hooks() and isinstance(count, int):
             found.append({"what": f"{method.name()} begins with {count:,} rows", "flops": count * each})
+        looked = getattr(method, "passages", None)
+        if {"begin", "wrap"} <= set(method.hooks()) and isinstance(looked, int):
+            what = f"{method.name()} begins with {looked:,} rows without gradients, again until it is content"
+            found.append({"what": what, "flops": looked * pass_per_row(model, length)})
         pilot = getattr(method, "pilot", None)
         if isinstance(pilot, int) and getattr(method, "graph", None) is None:
             what = f"{method.name()} tries {pilot:,} steps on each of {sources} sources"
@@ -313,13 +334,15 @@ def speed(node: Node, each: float) -> tuple[float, Path] | None:
     """Operations a second that an earlier stage of this shape made, and where: same row length, precision, device and
     threads, and operations a position (`each`) within a tenth."""
     for folder in _earlier(node):
-        rows = [row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "train"]
-        if len(rows) < 3:
+        rows = each_line(folder / "metrics.jsonl", kind="train")
+        row = first = next(rows, {})
+        places, rates = 0, array("d")
+        for row in rows:
+            places += row["rows"] * row["length"]
+            rates.append(row["tokens_per_second"] / max(1e-9, 1 - row["padding"]))
+        if len(rates) < 2 or not places:
             continue
-        places = sum(row["rows"] * row["length"] for row in rows[1:])
-        spent = rows[-1]["flops"] - rows[0]["flops"]
-        if places and abs(spent / places - each) < ALIKE * each:
-            rates = [row["tokens_per_second"] / max(1e-9, 1 - row["padding"]) for row in rows[1:]]
+        if abs((row["flops"] - first["flops"]) / places - each) < ALIKE * each:
             return median(rates) * each, folder
     return None
 

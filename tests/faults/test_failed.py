@@ -13,7 +13,9 @@ from tests.toy import graph
 from tutelage.base.errors import UserError
 from tutelage.command import run_recipe
 from tutelage.core import run as running
+from tutelage.core.graph import Drift
 from tutelage.modalities.text import toy
+from tutelage.planning import plan
 
 
 @pytest.mark.parametrize("jobs", [1, 0], ids=["forked", "here"])
@@ -41,8 +43,24 @@ def test_a_report_is_written_when_a_stage_fails(jobs: int, tmp_path: Path, monke
     assert "in broken\n" in (home / "two/1/error.txt").read_text()
     if not jobs:
         monkeypatch.setattr(running, "build", build)
-        assert run_recipe(tmp_path / "toy.yaml", jobs=jobs, **how) == 0
+        made = graph(tmp_path, steps=1)
+        running.run_graph(made, only=None, jobs=0, drift="refuse", tell=lambda stage, said: None)
         assert not (home / "two/1/error.txt").exists(), "of a failure that is mended"
+
+
+def test_a_recipe_that_was_mended_before_anything_was_made_runs_without_a_question(tmp_path: Path) -> None:
+    def bad(recipe: dict[str, Any]) -> None:
+        (tmp_path / "data/broken.jsonl").write_text('{"text":\n' * 9)
+        recipe["stages"]["one"]["data"] = {"a": {"path": str(tmp_path / "data/broken.jsonl"), "bad": "fatal"}}
+
+    how: dict[str, Any] = {"only": "one", "jobs": 0, "drift": "refuse", "tell": lambda stage, said: None}
+    with pytest.raises(UserError, match=r"broken.jsonl line 1: not JSON.*write `bad: skip`"):
+        running.run_graph(graph(tmp_path, steps=1, change=bad), **how)
+    assert plan(graph(tmp_path, steps=1))[0]["state"] == "new"
+    assert running.run_graph(graph(tmp_path, steps=1), **how).done == ["one"]
+    assert plan(graph(tmp_path, steps=2))[0]["state"] == "changed"
+    with pytest.raises(Drift, match="until: 1step → 2step"):
+        running.run_graph(graph(tmp_path, steps=2), **how)
 
 
 def test_a_stage_without_a_place_lets_those_at_work_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def test_every_kind_of_records_runs(kind: str, here: Path, qwen: Path, few_passa
     assert ("malformed" in text) == (kind == "broken") == ("3 malformed records" in said)
     if kind == "broken":
         assert "broken.jsonl line 101: not JSON" in " ".join(text.replace("#", "").split())
-    assert "numbers measured on them will be rough" in said
+    assert "numbers measured on so little will be rough" in said
     assert f"bits_per_byte/{kind}" in run("recipe.yaml", "stages.domain.until=2step")[-1]["values"]
 
 

@@ -14,6 +14,7 @@ from tutelage import planning, sampling, sizing
 from tutelage.base.spec import SourceSpec
 from tutelage.core import loop, memory
 from tutelage.core.run import run_graph
+from tutelage.methods.curriculum.length_buckets import LengthBuckets
 from tutelage.modalities.text import tokenizer
 
 
@@ -177,6 +178,35 @@ def test_spans_in_every_unit_come_to_steps(tmp_path, until, steps):
     assert row["steps"] == (steps or -(-tokens * (0.5 if until == "50%" else 1) // 256))
 
 
+def test_sources_that_a_curriculum_cuts_are_counted_by_their_pieces(tmp_path: Path, monkeypatch) -> None:
+    """Few documents fill a row of 64, and what is left over below 16 is no piece."""
+
+    def cut(recipe: dict[str, Any]) -> None:
+        stages = recipe["stages"]
+        stages["two"] |= {
+            "length": 64,
+            "until": "1epoch",
+            "curriculum": {"use": "curriculum/length_buckets", "shortest": 16},
+        }
+        stages["whole"] = {key: value for key, value in stages["two"].items() if key != "curriculum"}
+
+    monkeypatch.setattr(sizing, "peak", lambda device, threads: 1e9)
+    rows = by_name(planning.plan(graph(tmp_path, steps=2, change=cut)))
+    two, found = rows["two"], rows["two"]["data"]["b"]
+    assert set(found["lengths"]) == {16, 32, 64} and found["tokens"] < 0.95 * rows["whole"]["data"]["b"]["tokens"]
+    assert rows["whole"]["data"]["b"]["lengths"] == {}
+    assert run(graph(tmp_path, steps=2, change=cut), only="two").done == ["one", "two"]
+    last = numbers(tmp_path / "runs" / "toy" / "two" / "1", kind="train")[-1]
+    assert two["steps"] == pytest.approx(last["step"], abs=1)
+    assert two["flops"] / two["tokens"] == pytest.approx(last["flops"] / last["tokens"], rel=0.03)
+    assert rows["whole"]["flops"] / rows["whole"]["tokens"] > 1.05 * two["flops"] / two["tokens"]
+    node = graph(tmp_path, steps=2, change=cut).nodes["two"]
+    words = tokenizer.load(str(tmp_path / "runs/toy/one/1/artifact/model"))
+    how = {"processor": words, "cache": tmp_path / "runs/.data", "rows": None, "length": 64}
+    known = sampling.amount("b", node.stage.data["b"], cut=LengthBuckets(shortest=16).cut, **how)
+    assert known.stored and known.tokens == pytest.approx(found["tokens"], rel=0.05)
+
+
 def test_minutes_are_counted_by_the_speed_there_is(tmp_path, monkeypatch):
     def change(recipe: dict[str, Any]) -> None:
         recipe["stages"]["one"]["until"] = "2min"
@@ -192,6 +222,7 @@ def test_what_is_computed_beside_the_steps_has_lines_of_its_own(tmp_path: Path) 
         stages = recipe["stages"]
         stages["two"]["methods"] = [{"use": "continual/ewc", "of": "one", "rows": 24, "strength": 1.0}, "continual/lwf"]
         stages["two"]["mix"] = {"use": "mix/skill_it", "pilot": 5}
+        stages["eva"] = {**stages["two"], "mix": "mix/fixed", "methods": [{"use": "param/eva", "r": 4, "passages": 40}]}
         stages["words"] = {
             "start": "one",
             "make": {"use": "synth/self_samples", "passages": 12, "length": 16},
@@ -208,6 +239,8 @@ def test_what_is_computed_beside_the_steps_has_lines_of_its_own(tmp_path: Path) 
     assert words["besides"][0]["flops"] == pytest.approx(12 * frozen["flops"] / 80 / 2, rel=0.2), (
         "half as long, no gradient"
     )
+    (looked,) = rows["eva"]["besides"]
+    assert looked["flops"] == pytest.approx(40 * frozen["flops"] / 80, rel=0.2) and "40 rows" in looked["what"]
     assert not rows["one"]["besides"] and begun["seconds"] > 0
     said = planning.lines(two) + planning.lines(words)
     assert sum(line.startswith("  besides   ") for line in said) == 4

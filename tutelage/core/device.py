@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,8 @@ def device_of(node: Node) -> torch.device:
         device = torch.device(engine.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"stages.{node.name}.engine.device: no CUDA device here; leave it out or write cpu")
+    if engine.compile and node.stage.until is not None:
+        can_compile(node.name, device)
     memory.hold()
     if device.type == "cuda" and engine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -29,6 +33,25 @@ def device_of(node: Node) -> torch.device:
     if engine.threads:
         torch.set_num_threads(engine.threads)
     return device
+
+
+def can_compile(stage: str, device: torch.device) -> None:
+    """Say in one line what `compile` lacks here, before the data are read; torch says it in pages at the first step."""
+    from torch._inductor import cpp_builder, exc
+    from torch.utils._triton import has_triton
+
+    lacks = ""
+    if device.type == "cuda":
+        lacks = "" if has_triton() else "Triton, and it is not installed: pip install triton"
+    elif not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        lacks = "Python's headers on a CPU, and Python.h is not there: install the package python3-dev or python3-devel"
+    else:
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            lacks = "a C++ compiler on a CPU, and none was found: install g++ (or name another in the variable CXX)"
+    if lacks:
+        raise UserError(f"stages.{stage}.engine.compile: torch.compile needs {lacks}, or leave `compile` out")
 
 
 def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:

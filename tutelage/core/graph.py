@@ -380,7 +380,8 @@ class Graph:
     def place(self, node: Node, *, drift: str = "refuse") -> None:
         """Find or choose the folder of a node. `drift` says what to do when the folder holds another version:
 
-        `refuse` (UserError with the difference), `reuse` the artifact that is there, or `retrain` beside it.
+        `refuse` (UserError with the difference), `reuse` the artifact that is there, or `retrain` beside it. A version
+        that failed before anything was measured or saved holds nothing to ask about.
         """
         home = self.runs / self.name / node.name
         found = sorted((p for p in home.glob("[0-9]*") if (p / "stage.json").exists()), key=lambda p: int(p.name))
@@ -399,12 +400,19 @@ class Graph:
             node.folder, node.state = found[-1], "done"
             node.fingerprint, node.parts = old["fingerprint"], old["parts"]  # what follows is made from what is there
             return
-        if found and drift == "refuse":
+        if found and drift == "refuse" and begun(found[-1]):
             old = json.loads((found[-1] / "stage.json").read_text())["parts"]
             raise Drift(
                 f"stage '{node.name}' in {found[-1]} was made from something else: {difference(old, node.parts)}"
             )
         node.folder, node.state = home / str(int(found[-1].name) + 1 if found else 1), "new"
+
+
+def begun(folder: Path) -> bool:
+    """Whether a stage's folder holds anything that was made: an artifact, a checkpoint or a measurement."""
+    metrics = folder / "metrics.jsonl"
+    made = (folder / "artifact").exists() or any((folder / "state").glob("*"))
+    return made or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def stage_behind(model: Path) -> tuple[Path] | tuple[Path, str] | None:

@@ -6,7 +6,7 @@ Use:     `length` a power of two, the longest context; `shortest` the least cont
 Works:   text; documents of varied lengths, many of them shorter than `length`; any causal or masked objective; `until`
     in steps, tokens, epochs, minutes or FLOPs (there the cycles are reckoned from the first step's), not in rows
 Costs:   nothing; short rows spend less on attention, so the same tokens take fewer operations, and no row is padded;
-    `plan` reckons with whole rows and so tells too much; `engine.compile` compiles once a length
+    `engine.compile` compiles once a length
 With:    any mix: a source gives pieces of the drawn length in proportion to its share and to what it has of them, so
     that shares hold over a cycle, not in each step; `packing` means nothing to sources that are cut
 Differs: pieces have 2^k positions and share an edge token with the next, where the code takes 2^k + 1 tokens and the

@@ -38,7 +38,7 @@ class BitsPerByte(Method):
             found[f"bits_per_byte/{column}"] = bits.whole
             if view.passages > view.few:
                 found[f"bits_per_byte@{view.few}/{column}"] = bits.few
-            unknown = max(source.facts.get("unknown", 0.0) for source in view.heldout[column].sources.values())
+            unknown = max((s.facts.get("unknown", 0.0) for s in view.heldout[column].sources.values()), default=0.0)
             if unknown:
                 found[f"unknown/{column}"] = unknown
         return found
