@@ -72,7 +72,7 @@ def test_rows_of_others_do_not_count_and_pieces_of_a_source_do() -> None:
     assert method.state["drawn"].tolist() == [3, 2, 0]
 
 
-def test_progress_is_the_change_of_loss_over_a_round_in_shares_of_the_largest(monkeypatch: Any) -> None:
+def test_progress_is_the_change_of_loss_over_a_round_either_way(monkeypatch: Any) -> None:
     method = Bandit(every="10step", window=2, explore=0.0, temperature=1.0)  # type: ignore[arg-type]
     losses = {"one": 2.0, "two": 3.0, "three": 1.0}
     asked = []
@@ -94,7 +94,15 @@ def test_progress_is_the_change_of_loss_over_a_round_in_shares_of_the_largest(mo
         found = list(method.weights(NAMES, a_view(tick=tick)).values())
     assert len(asked) == 3 * 3  # after the first step, and at 10 and 20
     means = [(0.4 + 0.2) / 2, (0.1 + 0.1) / 2, 0.0]
-    assert found == pytest.approx(shares([mean / 0.3 for mean in means], [0, 0, 0], temperature=1.0, explore=0.0))
+    assert found == pytest.approx(shares(means, [0, 0, 0], temperature=1.0, explore=0.0))
+
+
+def test_norms_count_in_shares_of_the_largest(monkeypatch: Any) -> None:
+    norms = {"one": 4.0, "two": 1.0, "three": 0.0}
+    monkeypatch.setattr("tutelage.methods.mix.bandit.gradient_norm", lambda view, name, rows: norms[name])
+    method = Bandit(signal="grad_norm", explore=0.0, temperature=0.5)
+    found = list(method.weights(NAMES, a_view(tick=1)).values())
+    assert found == pytest.approx(shares([1.0, 0.25, 0.0], [0, 0, 0], temperature=0.5, explore=0.0))
 
 
 def test_the_gradient_s_norm_is_that_of_the_held_out_loss() -> None:

@@ -2,14 +2,15 @@
 
 Paper:   Wang et al. 2025 (DUMP), arXiv:2504.09710, and its public code
 Use:     `signal: progress` (how much a source's held-out loss changed in a round) for text of several difficulties;
-    `grad_norm` where loss moves slowly; `advantage` in stages that give it. `temperature` 0.1 is nearly greedy, 1 mild
+    `grad_norm` where loss moves slowly; `advantage` in stages that give it. `temperature` at the size of the signal: 0.1
+    where losses move by tenths of a nat a round; much below it the noise of what nobody learns yet decides
 Works:   `progress` and `grad_norm`: any data that hold something out; a given signal: steps whose numbers have it
 Costs:   at every round a forward pass over `passages` held-out rows of each source (`grad_norm`: forward and backward),
     counted for the stage; a given signal costs nothing
 With:    continual/replay takes its rate first, these shares divide the rest; mix/skill_it knows what helps what
 Differs: the paper's signal is the mean absolute advantage of a policy's answers; no stage gives it yet, so two that
-    supervised stages have stand beside it, in shares of the largest, so that bonus and temperature mean the same to
-    both; the window counts rounds (steps for a given signal), not 300 samples; shares are kept exactly, not sampled
+    supervised stages have stand beside it: progress in nats a label, either way, and norms in shares of the largest;
+    the window counts rounds (steps for a given signal), not 300 samples; shares are kept exactly, not sampled
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Bandit(Method):
         found = [float(windows[str(i)].mean()) if str(i) in windows else 0.0 for i in range(len(names))]
         means_N = torch.tensor(found, dtype=torch.float64)
         largest = float(means_N.max())
-        return means_N / largest if self.signal in OURS and largest else means_N
+        return means_N / largest if self.signal == "grad_norm" and largest else means_N
 
 
 def ucb(means_N: Tensor, drawn_N: Tensor, *, explore: float) -> Tensor:
