@@ -63,7 +63,9 @@ class Factors(nn.Module):
     `held` is W₀, the frozen weight that a stage began with, in the layer's own layout; there is none from fresh weights.
     """
 
-    def __init__(self, layer: nn.Module, settings: SparsePlusLowRank, rng: torch.Generator, *, fresh: bool) -> None:
+    places: Tensor
+
+    def __init__(self, layer: Any, settings: SparsePlusLowRank, rng: torch.Generator, *, fresh: bool) -> None:
         super().__init__()
         weight_MN = outputs_first(layer)
         m, n = weight_MN.shape
@@ -73,8 +75,8 @@ class Factors(nn.Module):
         self.shape, self.scale, self.turned = (m, n), settings.alpha / r, turned(layer)
         self.factor_A = nn.Linear(n, r, bias=False, **kind)
         self.factor_B = nn.Linear(r, m, bias=False, **kind)
-        self.bias = layer.bias
-        self.held = None if fresh else layer.weight
+        self.bias: nn.Parameter | None = layer.bias
+        self.held: nn.Parameter | None = None if fresh else layer.weight
         self.values = nn.Parameter(torch.empty(count, **kind))
         whole = torch.int32 if m * n < 2**31 else torch.int64
         self.register_buffer("places", torch.empty(count, dtype=whole, device=kind["device"]))
