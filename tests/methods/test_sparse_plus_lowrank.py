@@ -129,14 +129,15 @@ def test_from_fresh_weights_all_is_trained_nothing_whole_is_held_and_whole_weigh
 
 def test_a_plan_knows_that_whole_weights_are_let_go_of():
     stage = SimpleNamespace(train=None, length=32, engine=SimpleNamespace(quantize=None))
-    modality = SimpleNamespace(model=lambda *args, **kwargs: copy.deepcopy(tiny("llama", tied=False)).to("meta"))
+    whole = tiny("llama", tied=False)
+    modality = SimpleNamespace(model=lambda *args, **kwargs: copy.deepcopy(whole).to("meta"))
     node = SimpleNamespace(stage=stage, graph=SimpleNamespace(modality=modality))
     plain = sizing.model_of(node, {}, processor=None, methods=Methods({}, []))
     fresh = sizing.model_of(node, {}, processor=None, methods=Methods({}, [make()]), fresh=True)
     later = sizing.model_of(node, {}, processor=None, methods=Methods({}, [make()]))
     assert fresh.notes == later.notes == [] and fresh.trained == later.trained < plain.trained
-    small, whole, most = (sizing.weights_of(node, found) for found in (fresh, plain, later))
-    assert small == 4 * fresh.trained < whole < most == whole + small - 4 * outside()
+    small, plain, most = (sizing.weights_of(node, found) for found in (fresh, plain, later))
+    assert small == 4 * fresh.trained < plain < most == plain + small - 4 * outside()
 
 
 def outside():
