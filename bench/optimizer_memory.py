@@ -49,12 +49,12 @@ def model() -> torch.nn.Module:
     return tf.LlamaForCausalLM(config).train()
 
 
-def engine_of(entry: dict[str, Any], *, fused: bool) -> Engine:
-    net = model()
+def engine_of(entry: dict[str, Any], *, fused: bool, net: torch.nn.Module | None = None) -> Engine:
+    net = model() if net is None else net
     parts = anatomy(net)
     engine = Engine(model=net, anatomy=parts, modality=modalities.find("text"), device=torch.device("cpu"), clip=None)
     engine.objective = registry.make("objective/causal_lm")
-    engine.params = dict(net.named_parameters())
+    engine.params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     groups: dict[str, dict[str, Any]] = {}
     for name, p in engine.params.items():
         role = parts.role(name)

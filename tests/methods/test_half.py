@@ -85,7 +85,8 @@ def test_a_wrapper_beside_it_is_refused():
 
 def test_a_plan_counts_only_what_is_trained():
     stage = SimpleNamespace(train=None, length=32)
-    modality = SimpleNamespace(model=lambda *args, **kwargs: copy.deepcopy(tiny("llama")).to("meta"))
+    whole = tiny("llama")
+    modality = SimpleNamespace(model=lambda *args, **kwargs: copy.deepcopy(whole).to("meta"))
     node = SimpleNamespace(stage=stage, graph=SimpleNamespace(modality=modality))
     trained = {}
     for share in (1.0, 0.5):

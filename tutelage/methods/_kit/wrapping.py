@@ -28,7 +28,7 @@ def turned(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Linear)
 
 
-def outputs_first(layer: nn.Module) -> Tensor:
+def outputs_first(layer: Any) -> Tensor:
     """A linear layer's weight as [outputs, inputs], whichever way it keeps it; the same memory."""
     weight: Tensor = layer.weight
     return weight.T if turned(layer) else weight

@@ -52,6 +52,10 @@ class SVFit(Wrapping):
 class SingularValues(nn.Module):
     """x → W x + U (σ - σ₀) Vᵀ x, of which σ is trained. Shapes: M outputs, N inputs, R singular values."""
 
+    first_R: Tensor
+    left_MR: Tensor
+    right_RN: Tensor
+
     def __init__(self, layer: nn.Module, *, r: int | None, keep: bool) -> None:
         super().__init__()
         weight_MN = outputs_first(layer)
