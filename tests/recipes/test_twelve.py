@@ -52,7 +52,7 @@ def test_twelve_methods_run_together_and_a_killed_run_retraces(tmp_path: Path) -
     data = report.write(made, tmp_path / "out")
     table = {row["method"]: row for row in data["stages"]["two"]["profile"]}
     methods = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["stages"]["code"]["methods"]
-    assert len(methods) == 12 and {entry["use"] for entry in methods} - {"condition/metadata"} <= set(table)
+    assert len(methods) == 12 and {entry["use"] for entry in methods} - {"continual/replay"} <= set(table)
     assert table["continual/ewc"]["hooks"]["penalty"]["calls"] == 8 and table["continual/ewc"]["before"] > 0
     assert table["steer/plateau"]["hooks"]["act"]["calls"] == 8
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from tutelage.core.record import Metrics
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
+
+COUNTS = ("step", "tokens", "samples", "epochs")  # of the clock: what a way back sets back
 
 
 def save(run: Run, *, mark: str | None = None) -> None:
@@ -89,9 +92,18 @@ def roll_back(run: Run, *, tick: int, skip: bool) -> None:
         method.state.update(keep[method.name()])
     if not skip:
         run.stream.load(facts["stream"])
-    for key in ("step", "tokens", "samples", "epochs"):
+    for key in COUNTS:
         setattr(run.clock, key, facts["clock"][key])
     run.view.signals.update({k: float(v) for k, v in facts["signals"].items()} | {"finite": 1.0})
+
+
+def counts_at(run: Run, tick: int) -> dict[str, float]:
+    """What the clock counted at a save; rank 0's disk tells."""
+    place, found = run.folder / "state" / f"{tick:09d}" / "state.json", {}
+    if not run.engine.world.rank:
+        clock = json.loads(place.read_text(encoding="utf-8"))["clock"]
+        found = {key: clock[key] for key in COUNTS}
+    return dict(run.engine.world.agree(found))
 
 
 def restore(run: Run, saved: Any) -> None:

@@ -20,6 +20,7 @@ from tutelage.base.values import unbound
 from tutelage.core import fused, hashes, quantized
 from tutelage.core.identity import code_id, difference, file_id, weights_id
 from tutelage.core.modality import Modality
+from tutelage.core.profile import TIMED, Profile
 from tutelage.core.record import read_lines
 
 NUMERICS = 1  # raised by hand when the core would give other numbers for the same recipe
@@ -49,13 +50,15 @@ class Methods:
 
     slots: dict[str, Method | None]
     listed: list[Method]
+    profile: Profile = field(default_factory=Profile)  # what they take of the time
 
     def all(self) -> list[Method]:
         return [m for m in self.slots.values() if m is not None] + self.listed
 
     def having(self, hook: str) -> list[Method]:
         """Those that define a hook, in order."""
-        return [m for m in self.all() if callable(getattr(type(m), hook, None))]  # asked in every step
+        found = [m for m in self.all() if callable(getattr(type(m), hook, None))]  # asked in every step
+        return [self.profile.of(method) for method in found] if hook in TIMED else found
 
 
 def methods_of(name: str, stage: Stage) -> Methods:

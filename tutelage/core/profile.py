@@ -13,32 +13,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tutelage.base.hooks import HOOKS
 from tutelage.base.method import Method
 from tutelage.core.record import write_whole
 
 FILE = "profile.json"
-APART = {"prefix"}  # gives documents one by one, to whom reads them
-BEFORE = {"source", "cut", "begin", "modules", "wrap", "build"}  # asked when a stage is built
+BEFORE = "begin"  # asked once, before the first step
+TIMED = {BEFORE, "loss", "auxiliary", "penalty", "grads", "batch", "weigh", "after", "observe", "act", "step"}
 
 
 @dataclass
 class Profile:
-    """Calls and seconds by method and hook, of one process."""
+    """Calls and seconds by method and hook, of one process. Methods of one name are summed."""
 
     hooks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     inside: bool = False  # a hook is at work; what it makes others do is its own time
 
-    def watch(self, methods: list[Method]) -> None:
-        """Time the hooks of these methods from now on. The methods stay what they are; two of one name are summed."""
-        for method in methods:
-            for hook in method.hooks():
-                if HOOKS[hook].kind == "train" and hook not in APART:
-                    sums = self.hooks.setdefault(method.name(), {}).setdefault(hook, [0, 0.0])
-                    timed = self._timed(getattr(method, hook), sums)
-                    object.__setattr__(method, hook, timed)  # no setting: pydantic stays out
+    def of(self, method: Method) -> Method:
+        """The method, its hooks timed."""
+        return cast(Method, Watched(method, self))
 
     def keep(self, folder: Path) -> None:
         """Add this process's sums to those of the stage's earlier ones. A process that was killed left none."""
@@ -50,7 +44,10 @@ class Profile:
                 old[1] = round(old[1] + took, 6)
         write_whole(folder / FILE, json.dumps(hooks))
 
-    def _timed(self, hook: Callable[..., Any], sums: list[float]) -> Callable[..., Any]:
+    def timed(self, name: str, called: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook of the method of that name, timed."""
+        sums = self.hooks.setdefault(name, {}).setdefault(called, [0, 0.0])
+
         @wraps(hook)
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
@@ -64,6 +61,17 @@ class Profile:
                 sums[1] += time.perf_counter() - began
 
         return call
+
+
+class Watched:
+    """A method whose hooks are timed; in all else it is that method, as it is when it is asked."""
+
+    def __init__(self, method: Method, profile: Profile) -> None:
+        self._method, self._profile = method, profile
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._method, name)
+        return self._profile.timed(self._method.name(), name, found) if name in TIMED else found
 
 
 def read(folder: Path | None) -> dict[str, dict[str, list[float]]]:
@@ -82,7 +90,7 @@ def rows(folder: Path | None, *, training: float) -> list[dict[str, Any]]:
     training += sum(hooks["act"][1] for hooks in kept.values() if "act" in hooks)
     for name, hooks in kept.items():
         called = {hook: {"calls": int(calls), "seconds": took} for hook, (calls, took) in hooks.items() if calls}
-        before = sum(took["seconds"] for hook, took in called.items() if hook in BEFORE)
+        before = sum(took["seconds"] for hook, took in called.items() if hook == BEFORE)
         within = sum(took["seconds"] for took in called.values()) - before
         share = within / training if training else None
         if called:

@@ -221,7 +221,7 @@ def _work(node: Node, world: World, say: Say) -> None:
             finally:
                 run.metrics.close()
                 if world.rank == 0:
-                    run.profile.keep(node.folder)
+                    run.methods.profile.keep(node.folder)
         adapter = execute.fold(run)
         if world.rank == 0:
             extra = {f"{label}.{n}": t for label, m in run.extra.items() for n, t in artifact.tensors_of(m).items()}

@@ -27,7 +27,6 @@ from tutelage.core.measure import Evals, planned
 from tutelage.core.modality import Corpus, Modality
 from tutelage.core.pace import UNKNOWN
 from tutelage.core.prefix import prefixed
-from tutelage.core.profile import Profile
 from tutelage.core.record import Journal, Metrics, newest_line, read_lines
 from tutelage.core.rules import Rules
 from tutelage.core.shard import World
@@ -84,7 +83,6 @@ class Run:
     fresh: bool = True  # not resumed from a checkpoint
     measured: bool = False  # the last measurement is done
     lines: int = 0  # journal lines whose actions are already in the state
-    profile: Profile = field(default_factory=Profile)  # what methods take of its time
 
     @property
     def clock(self) -> Clock:
@@ -215,7 +213,7 @@ def opened(node: Node, *, world: World, say: Say, start: Any = None) -> Opened:
         packing=packing if isinstance(packing, str) else "documents",
         micro=stage.engine.micro,
         clip=stage.engine.clip,
-        objective=methods.slots["objective"],
+        objective=methods.profile.of(methods.slots["objective"]),
         auxiliaries=methods.having("auxiliary"),
         penalties=methods.having("penalty"),
         grad_hooks=methods.having("grads"),
@@ -238,8 +236,6 @@ def build(node: Node, *, world: World, say: Say) -> Run:
     assert node.folder is not None and stage.until is not None
     base = opened(node, world=world, say=say)
     engine, view, methods = base.engine, base.view, base.methods
-    profile = Profile()
-    profile.watch(methods.all())
     if stage.engine.checkpointing:
         engine.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sources = {name: base.corpora.of(name, spec).train for name, spec in stage.data.items()}
@@ -285,7 +281,6 @@ def build(node: Node, *, world: World, say: Say) -> Run:
         say=say,
         corpora=base.corpora,
         standing=standing.Standing(stage.steering),
-        profile=profile,
     )
     if saved:
         run.steered = Steered(**saved[1]["steered"])

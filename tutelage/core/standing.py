@@ -56,13 +56,14 @@ class Standing:
             return
         actor = line.get("actor", "person")
         self.journaled.add(line["id"])
+        self.released.pop(line["id"], None)
         acts = [parse(act, place="journal") for act in line["do"]]
         if any(act.do != "note" for act in acts):
             self.counts[actor] += 1
         for act in acts:
-            self._takes(act, tick=line["tick"], actor=actor)
+            self._takes(act, tick=line["tick"], actor=actor, by=line["by"])
 
-    def _takes(self, act: Action, *, tick: int, actor: str) -> None:
+    def _takes(self, act: Action, *, tick: int, actor: str, by: str) -> None:
         if act.do == "pause":
             self.paused, self.step_to = True, None
         elif act.do == "resume":
@@ -74,7 +75,11 @@ class Standing:
         elif act.do == "unlock":
             self.locked -= set(act.actors)
         elif act.do in ("approve", "refuse") and act.id in self.waiting:
-            self.released[act.id] = self.waiting.pop(act.id)
+            kept = self.waiting.pop(act.id)
+            self.released[act.id] = {**kept, "approved": act.do == "approve", "refused_by": by}
+        elif act.do == "undo":  # what it does is as much theirs as if they had asked for it
+            for inner in act.acts or []:
+                self._takes(parse(inner, place="journal"), tick=tick, actor=actor, by=by)
         touched = target(act)
         if touched:
             self.held[touched] = (tick, actor, actor == "person")
@@ -88,14 +93,32 @@ class Standing:
                         self.changes.append(Change(line["tick"], entry["actor"], change["what"], float(change["was"])))
         elif entry["do"] == "waiting":
             self.waiting[entry["id"]] = entry["request"]
-        elif entry["do"] == "refused":
+        elif entry["do"] in ("refused", "failed"):
             self.done[entry["id"]] = {**entry, "tick": line["tick"]}
+            self.released.pop(entry["id"], None)
 
     def stopped_at(self, tick: int) -> bool:
         """Whether the stage waits before this tick's step."""
         return self.paused or (self.step_to is not None and tick >= self.step_to)
 
     # -- who may do what ----------------------------------------------------------------------------------------------
+
+    def admit(self, acts: list[Action], *, actor: str, approved: bool = False) -> None:
+        """What needs no look at the stage, and comes before anything is read for a request: UserError, Waits."""
+        if actor in ("person", "recipe"):
+            return
+        only = sorted({act.do for act in acts} & PERSONS_ONLY)
+        if only:
+            raise UserError(f"only a person may {only[0]}")
+        if all(act.do == "resume" for act in acts) and self.held.get("pause", (0, ""))[1] == actor:
+            return  # who has paused the stage may always let it go on, or it would stand for good
+        if actor in self.locked:
+            raise UserError(f"a person has locked {'agents' if actor == 'agent' else 'policies'} out")
+        rules: ActorSpec = getattr(self.rules, actor)
+        if self.counts[actor] >= rules.budget and any(act.do != "note" for act in acts):
+            raise UserError(f"the budget of {rules.budget} requests is spent (steering.{actor}.budget)")
+        if "add_source" in rules.approve and not approved and any(a.do == "add_source" and a.source for a in acts):
+            raise Waits(f"`add_source` waits for a person (steering.{actor}.approve)")  # no file is read before
 
     def judge(
         self, acts: list[Action], effects: list[dict[str, Any]], *, actor: str, tick: int, approved: bool = False
@@ -106,14 +129,7 @@ class Standing:
         """
         if actor in ("person", "recipe"):
             return
-        only = sorted({act.do for act in acts} & PERSONS_ONLY)
-        if only:
-            raise UserError(f"only a person may {only[0]}")
-        if actor in self.locked:
-            raise UserError(f"a person has locked {'agents' if actor == 'agent' else 'policies'} out")
         rules: ActorSpec = getattr(self.rules, actor)
-        if self.counts[actor] >= rules.budget and any(act.do != "note" for act in acts):
-            raise UserError(f"the budget of {rules.budget} requests is spent (steering.{actor}.budget)")
         touched = [target(act) for act in acts]
         for path in touched:
             self._free(path, actor=actor, tick=tick)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.base.action import CHANGES, RANK, Action, parse
 from tutelage.base.errors import UserError
-from tutelage.core import acts, checkpoint, controls
+from tutelage.core import acts, artifact, checkpoint, controls
 from tutelage.core.acts import Trial
 from tutelage.core.record import dumps, plain, write_whole
 from tutelage.core.standing import Waits
@@ -25,6 +25,7 @@ LARGEST = 1 << 20  # bytes of a request
 DEEPEST = 64  # lists and mappings within each other in a request
 POLL = 0.05  # seconds between two looks at the requests while paused
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}")
+_OURS = re.compile(r"recipe-\d|\d+-[a-z]")  # ids that the recipe's actions and policies' requests have
 
 Request = dict[str, Any]  # id, by, actor, do, why, dry
 
@@ -47,10 +48,13 @@ def turn(run: Run, stop: Callable[[], int] = lambda: 0) -> int:
     retrace(run)
     while planned(run):
         pass
+    if run.lines == len(run.journal.lines):
+        for name in list(run.standing.released):  # the cut came between a person's answer and what it was to set free
+            _settle(run, name)
     paused = False
     while True:
         ahead = run.lines < len(run.journal.lines)  # new lines would come before them and hide them: requests wait
-        requests = wanted + ([] if ahead else collect(run))
+        requests = wanted + ([] if ahead or run.unsound else collect(run))  # such a moment is the policies' alone
         wanted = []
         for request in sorted(requests, key=lambda r: RANK[r["actor"]]):
             decide(run, request)
@@ -77,10 +81,13 @@ def retrace(run: Run) -> None:
             run.engine.micro = min([*smaller, run.engine.micro or smaller[0]]) if smaller else run.engine.micro
             run.standing.fold(line)
             continue
-        place = f"{run.journal.path}:{run.lines}"
-        actions = [acts.check(run, parse(act, place=place), Trial.of(run), place) for act in line["do"]]
-        known = any(e["do"] == "applied" and e["id"] == line["id"] for ahead in run.journal.lines[run.lines :]
-                    if ahead["by"] == "engine" for e in ahead["do"])  # fmt: skip
+        ends = [e["do"] for ahead in run.journal.lines[run.lines :] if ahead["by"] == "engine" for e in ahead["do"]
+                if e.get("id") == line["id"]]  # fmt: skip
+        if "failed" in ends:
+            run.standing.journaled.add(line["id"])
+            continue
+        place, trial, known = f"{run.journal.path}:{run.lines}", Trial.of(run), "applied" in ends
+        actions = [acts.check(run, parse(act, place=place), trial, place) for act in line["do"]]
         carry_out(run, line, actions, write=not known, saved=_tick_of_save(run))
 
 
@@ -129,10 +136,16 @@ def policies(run: Run) -> list[Request]:
 
 def decide(run: Run, request: Request) -> None:
     """Check, judge, write down, apply, answer. Whatever is wrong with a request is its answer, never the run's end."""
-    if request["id"] in run.standing.journaled or request["id"] in run.standing.done:
+    standing = run.standing
+    if request["id"] in standing.journaled or request["id"] in standing.done:
         return answer(run, request, **_again(run, request["id"]))
+    if request["id"] in standing.waiting:  # as it was first sent: what a person will have seen
+        kept = {"id": request["id"], **standing.waiting[request["id"]]}
+        return answer(run, kept, state="waiting", tick=run.clock.tick, error="it waits for a person")
     place = f"request {request['id']}"
     try:
+        if not request.get("dry"):
+            standing.admit(_parsed(request, place), actor=request["actor"], approved=bool(request.get("approved")))
         actions = checked(run, request, place)
         if request.get("dry"):
             effects = [acts.effect(run, action) for action in actions]
@@ -155,6 +168,7 @@ def decide(run: Run, request: Request) -> None:
         return answer(run, request, state="refused", tick=run.clock.tick, error=text)
     saved = None
     if request["actor"] in ("person", "agent") and any(action.do in CHANGES for action in actions):
+        _hold_back(run, actions)
         checkpoint.save_now(run, mark="undo")
         saved = run.clock.tick
     tick = run.clock.tick
@@ -163,18 +177,33 @@ def decide(run: Run, request: Request) -> None:
     answer(run, request, state="applied", tick=tick, effects=effects, saved=saved)
     for action in actions:
         if action.do in ("approve", "refuse"):
-            _settle(run, action, by=request["by"])
+            _settle(run, action.id)
     return None
+
+
+def _parsed(request: Request, place: str) -> list[Action]:
+    """The request's actions as they are written; UserError for what no request may bring."""
+    if not (isinstance(request.get("do"), list) and request["do"]):
+        raise UserError(f"{place}: a request is {{by: name, actor: person, do: [actions], why: text}}")
+    found = [parse(act, place=place) for act in request["do"]]
+    if request["actor"] != "recipe" and any(act.do == "undo" and act.acts is not None for act in found):
+        raise UserError(f"{place}: undo: `acts` is found by itself; ask for the `id` alone")
+    return found
+
+
+def _hold_back(run: Run, actions: list[Action]) -> None:
+    """The save that is about to be made must not push out one that the request goes back to."""
+    for act in acts.unfolded(actions) if not run.engine.world.rank else []:
+        if act.do == "rollback":
+            artifact.mark_state(run.folder / "state", tick=int(act.to), mark="kept")
 
 
 def checked(run: Run, request: Request, place: str) -> list[Action]:
     """The request's actions, resolved; UserError when one of them cannot be done, on this rank or another."""
     trial, found, wrong = Trial.of(run), [], None
     try:
-        if not (isinstance(request.get("do"), list) and request["do"]):
-            raise UserError(f"{place}: a request is {{by: name, actor: person, do: [actions], why: text}}")
-        for act in request["do"]:
-            action = acts.check(run, parse(act, place=place), trial, place)
+        for parsed in _parsed(request, place):
+            action = acts.check(run, parsed, trial, place)
             acts.effect(run, action)  # so that it cannot fail when it is done
             found.append(action)
     except UserError as error:
@@ -207,10 +236,15 @@ def carry_out(
     """Apply a line that is on disk, then write down what it did and how to put it back."""
     tick, effects, undo = run.clock.tick, [], []
     run.standing.fold(line)
-    for action in actions:
-        told = acts.effect(run, action)
-        undo += told.pop("undo", [])
-        effects.append({**told, **acts.apply(run, action)})
+    try:
+        for action in actions:
+            told = acts.effect(run, action)
+            undo += told.pop("undo", [])
+            effects.append({**told, **acts.apply(run, action)})
+    except Exception as error:  # a fault of ours: this process ends, but the next one must not meet it again
+        if write:
+            engine_line(run, {"do": "failed", "id": line["id"], "why": f"{type(error).__name__}: {error}"}, tick=tick)
+        raise
     if write:
         done = {
             "do": "applied",
@@ -231,13 +265,13 @@ def engine_line(run: Run, entry: dict[str, Any], *, tick: int | None = None) -> 
     run.standing.fold(line)
 
 
-def _settle(run: Run, action: Any, *, by: str) -> None:
+def _settle(run: Run, name: str) -> None:
     """Do, or refuse, what has waited for a person."""
-    request = {**run.standing.released.pop(action.id), "id": action.id}
-    if action.do == "approve":
-        return decide(run, {**request, "approved": True})
-    text = f"{by} refused it"
-    engine_line(run, {"do": "refused", "id": action.id, "request": request, "why": text})
+    request = {**run.standing.released.pop(name), "id": name}
+    if request["approved"]:
+        return decide(run, request)
+    text = f"{request.pop('refused_by')} refused it"
+    engine_line(run, {"do": "refused", "id": name, "request": request, "why": text})
     return answer(run, request, state="refused", tick=run.clock.tick, error=text)
 
 
@@ -290,6 +324,8 @@ def _read(run: Run, path: Path) -> Request | None:
     try:
         if not _ID.fullmatch(name):
             raise UserError("an id has letters, digits, '-', '_', '.' and '=', at most 64")
+        if _OURS.match(name):
+            raise UserError(f"the id '{name}' is one of the recipe's or a policy's; take another")
         request = _loaded(path)
         if not (isinstance(request, dict) and request.get("by")):
             raise UserError("a request is {by: name, actor: person, do: [actions], why: text}")

@@ -130,8 +130,11 @@ def check(run: Run, action: Action, trial: Trial, place: str) -> Action:
 
 def unfolded(actions: list[Action]) -> list[Action]:
     """Checked actions, with what an `undo` does in its place: what may be done is judged by what is done."""
-    inner = [action.acts or [] if action.do == "undo" else [action] for action in actions]
-    return [one if not isinstance(one, dict) else parse(one, place="undo") for acts in inner for one in acts]
+    found: list[Action] = []
+    for action in actions:
+        inner = [parse(act, place="undo") for act in action.acts or []] if action.do == "undo" else []
+        found += unfolded(inner) if action.do == "undo" else [action]
+    return found
 
 
 def effect(run: Run, action: Action) -> dict[str, Any]:

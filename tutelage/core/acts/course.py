@@ -22,6 +22,7 @@ def _extended(run: Run, trial: Trial, action: Any, place: str) -> None:
     if new[unit] <= run.clock.count(unit):
         raise UserError(f"{place}: {action.until} is over already; `end_stage` ends the stage now")
     _scheduled(run, new, place)
+    trial.clock.total = new
 
 
 def _scheduled(run: Run, total: dict[str, float], place: str) -> None:
@@ -65,6 +66,7 @@ def _ended(run: Run, trial: Trial, action: Any, place: str) -> None:
     if action.decay and not action.after.value:
         raise UserError(f"{place}: say how long the fall takes: `after: 10%`")
     _scheduled(run, _ending(run, action), place)
+    trial.clock.total = _ending(run, action)
 
 
 def _after(run: Run, action: Any) -> Span:
@@ -115,6 +117,8 @@ def saved_at(run: Run, to: Any, place: str) -> int:
 
 def _rolled(run: Run, trial: Trial, action: Any, place: str) -> None:
     action.to = saved_at(run, action.to, place)
+    for key, count in checkpoint.counts_at(run, action.to).items():
+        setattr(trial.clock, key, count)
 
 
 def _rollback_effect(run: Run, action: Any) -> dict[str, Any]:
@@ -138,6 +142,8 @@ def _rollback(run: Run, action: Any) -> None:
 def _branched(run: Run, trial: Trial, action: Any, place: str) -> None:
     if action.to is not None:
         action.to = saved_at(run, action.to, place)
+    else:
+        _sound(run, trial, action, place)
 
 
 def _branch_effect(run: Run, action: Any) -> dict[str, Any]:
@@ -149,6 +155,11 @@ def _branch(run: Run, action: Any) -> None:
         checkpoint.save_now(run, mark="kept")
     elif run.engine.world.rank == 0:
         artifact.mark_state(run.folder / "state", tick=action.to, mark="kept")
+
+
+def _sound(run: Run, trial: Trial, action: Any, place: str) -> None:
+    if run.unsound:
+        raise UserError(f"{place}: the last loss was no number, and such weights are not saved")
 
 
 def _save_effect(run: Run, action: Any) -> dict[str, Any]:
@@ -164,5 +175,5 @@ ACTS = {
     "end_stage": (_ended, _end_effect, _end),
     "rollback": (_rolled, _rollback_effect, _rollback),
     "branch": (_branched, _branch_effect, _branch),
-    "save": (lambda run, trial, action, place: None, _save_effect, _save),
+    "save": (_sound, _save_effect, _save),
 }

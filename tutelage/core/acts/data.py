@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from tutelage.base.errors import UserError, did_you_mean
@@ -16,8 +17,9 @@ def _mixed(run: Run, trial: Trial, action: Any, place: str) -> None:
     if other := sorted(set(action.weights) - set(own)):
         there = f"{did_you_mean(other[0], own)} (there are: {', '.join(own)})"
         raise UserError(f"{place}: there is no source '{other[0]}' to mix{there}")
-    if action.weights and not sum(action.weights.values()) > 0:
-        raise UserError(f"{place}: `mix` weighs {', '.join(own)} with numbers, 0 or more, not all zero")
+    if action.weights and not 0 < sum(action.weights.values()) < math.inf:
+        raise UserError(f"{place}: `mix` weighs {', '.join(own)} with numbers, 0 or more, not all zero, none endless")
+    trial.mix = dict(action.weights) or None
 
 
 def _mix_effect(run: Run, action: Any) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def _dropped(run: Run, trial: Trial, action: Any, place: str) -> None:
     if len(own) == 1:
         raise UserError(f"{place}: '{action.name}' is the only source; nothing would be left")
     trial.dropped.add(action.name)
-    mix = run.steered.mix
+    mix = trial.mix
     if mix and not any(weight for name, weight in mix.items() if name in trial.own(run)):
         raise UserError(f"{place}: without '{action.name}' every share of the present mix is zero")
 

@@ -22,8 +22,10 @@ def matched(run: Run, patterns: list[str], place: str) -> set[str]:
 
 
 def _froze(run: Run, trial: Trial, action: Any, place: str) -> None:
-    if not set(run.engine.params) - matched(run, action.modules, place):
+    left = trial.trained - matched(run, action.modules, place)
+    if not left:
         raise UserError(f"{place}: nothing would be left to train")
+    trial.trained = left
 
 
 def _unfroze(run: Run, trial: Trial, action: Any, place: str) -> None:
@@ -36,6 +38,7 @@ def _unfroze(run: Run, trial: Trial, action: Any, place: str) -> None:
     wrapping = run.methods.having("wrap")
     if (asked if any(method.freezes for method in wrapping) else asked & inside) - parts:
         raise UserError(f"{place}: under a wrapper ({wrapping[0].name()}) only its own parts are trained")
+    trial.trained |= asked
 
 
 def _module_effect(run: Run, action: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _valued(run: Run, trial: Trial, action: Any, place: str) -> None:
     low, high = {"engine.clip": (1e-12, 1e12), "model.dropout": (0.0, 1 - 1e-9)}.get(action.path, (0.0, 1e6))
     if not low <= new <= high:
         raise UserError(f"{place}: {action.path}: {new:g} is not between {low:g} and {high:g}")
-    if action.do == "set" and action.path == "optim.lr" and not factor(run):
+    if action.do == "set" and action.path == "optim.lr" and not trial.factor(run):
         raise UserError(f"{place}: optim.lr: the schedule makes the rate 0 just now, whatever it is set to")
 
 
@@ -114,7 +114,7 @@ def _value_effect(run: Run, action: Any) -> dict[str, Any]:
             changes.append(
                 {"what": "optim.lr", "group": label, "was": group["base_lr"], "now": new, "used": new * share}
             )
-        changes.sort(key=lambda change: "×" in change["group"])  # a plain group speaks for all
+        changes.sort(key=lambda c: (not c["was"], "×" in c["group"]))  # a plain group that moves speaks for all
         return {**said, "changes": changes, "undo": [{"do": "set", "path": "optim.base", "to": base}]}
     if action.path in OWN:
         new = action.to if action.do == "set" else now * action.by
