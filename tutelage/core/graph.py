@@ -412,9 +412,9 @@ class Graph:
 
 
 def begun(folder: Path) -> bool:
-    """Whether a stage's folder holds anything that was made: an artifact, a checkpoint or a measurement."""
+    """Whether a stage's folder holds anything to keep: an artifact, a checkpoint, a measurement, what is to be done to it."""
     metrics = folder / "metrics.jsonl"
-    made = (folder / "artifact").exists() or any((folder / "state").glob("*"))
+    made = any((folder / name).exists() for name in ("artifact", "journal.jsonl")) or any((folder / "state").glob("*"))
     return made or (metrics.exists() and metrics.stat().st_size > 0)
 
 
