@@ -65,7 +65,7 @@ BENCH = Bench(
     metric="bits_per_byte",
     better="lower",
     margin=0.01,
-    tune={"apply.density": [0.2, 0.5], "apply.scale": [0.7, 1.0, 1.5]},
+    tune={"apply.density": [0.2, 0.5], "apply.scale": [0.2, 0.4, 0.7]},
     tune_baseline={"apply.scale": [0.2, 0.3, 0.4, 0.5, 0.7, 1.0]},
     scale="T5-large, ViT-L/14",
 )
