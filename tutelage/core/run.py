@@ -67,11 +67,12 @@ def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | 
     here = world.size > 1 or jobs == 0 or torch.cuda.is_available()
     finished: set[str] = set()
     wishes: list[int] = []
+    looked: tuple[int, int] | None = None  # stages waiting and at work when it was last asked what can begin
     with _heard(lambda number, frame: wishes.append(number)):
         while waiting or children:
             if wishes:
                 _hand_on(wishes[0], children, waiting, result)
-            ready = _ready(waiting, finished, result, tell)
+            ready = _ready(waiting, finished, result, tell) if (len(waiting), len(children)) != looked else []
             for node in ready:
                 if not here and children and len(children) >= _room(jobs, [*(c.node for c in children.values()), node]):
                     break
@@ -93,6 +94,7 @@ def run_graph(graph: Graph, *, only: str | None, jobs: int | None, drift: str | 
                 else:
                     child = _fork(node)
                     children[child.ear.fileno()] = child
+            looked = (len(waiting), len(children)) if children else None
             if children:
                 for child in _listen(children, tell):
                     _took(child, result, tell)
