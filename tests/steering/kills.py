@@ -26,6 +26,10 @@ NAMES = [name for requests in ASKED.values() for name, _ in requests]
 CALLS = ("fsync", "rename", "replace", "truncate", "unlink")
 
 
+class TooLate(Exception):
+    """There was nothing left to kill."""
+
+
 def stage(recipe: dict[str, Any]) -> None:
     stages = recipe["stages"]
     stages["one"]["data"]["b"] = stages["two"]["data"]["b"]
@@ -56,9 +60,9 @@ def counting(limit: int, folder: Path) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     code = in_child(work)
-    if limit:
-        assert code == -signal.SIGKILL
+    if code == -signal.SIGKILL:
         return limit
+    assert code == 0
     return int((folder / "calls").read_text())
 
 
@@ -83,8 +87,12 @@ def replayed(folder: Path, home: Path) -> Path:
 
 
 def survived(folder: Path, limit: int) -> list[str]:
-    """What is wrong after a kill at the `limit`-th call, a resume and a replay; nothing, when all is well."""
-    counting(limit, folder)
+    """What is wrong after a kill at the `limit`-th call, a resume and a replay; nothing, when all is well.
+
+    TooLate where the run ended before: how often the disk is called differs by a few from run to run.
+    """
+    if counting(limit, folder) != limit and limit:
+        raise TooLate
     home = resumed(folder)
     wrong = []
     for name in NAMES:
@@ -100,4 +108,4 @@ def survived(folder: Path, limit: int) -> list[str]:
     return wrong
 
 
-__all__ = ["Change", "counting", "survived"]
+__all__ = ["Change", "TooLate", "counting", "survived"]
