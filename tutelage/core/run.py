@@ -220,7 +220,7 @@ def _work(node: Node, world: World, say: Say) -> None:
                 train(run)
             finally:
                 run.metrics.close()
-                if world.rank == 0:
+                if world.rank == 0 and node.folder is not None:
                     run.methods.profile.keep(node.folder)
         adapter = execute.fold(run)
         if world.rank == 0:

@@ -200,8 +200,10 @@ def opened(node: Node, *, world: World, say: Say, start: Any = None) -> Opened:
     model.to(device)
     parts = anatomy(model)
     methods = methods_of(node.name, stage)
-    if methods.slots["objective"] is None:
-        methods.slots["objective"] = registry.make(modality.objective(parts), place=f"stages.{node.name}.objective")
+    objective = methods.slots["objective"]
+    if objective is None:
+        objective = registry.make(modality.objective(parts), place=f"stages.{node.name}.objective")
+        methods.slots["objective"] = objective
     packing = packing_of(node, model, parts, methods, device=device, say=say)
     engine = Engine(
         model=model,
@@ -213,7 +215,7 @@ def opened(node: Node, *, world: World, say: Say, start: Any = None) -> Opened:
         packing=packing if isinstance(packing, str) else "documents",
         micro=stage.engine.micro,
         clip=stage.engine.clip,
-        objective=methods.profile.of(methods.slots["objective"]),
+        objective=methods.profile.of(objective),
         auxiliaries=methods.having("auxiliary"),
         penalties=methods.having("penalty"),
         grad_hooks=methods.having("grads"),
