@@ -154,11 +154,11 @@ def test_what_is_not_wrapped_may_be_freed_but_no_held_weight():
     layer = model.get_submodule(name)
     wrapper = method.wrap(layer, name, view)
     model.model.layers[0].mlp.up_proj = wrapper
-    wrapped = {name: (wrapper, method, layer)}
+    wrapped, trial = {name: (wrapper, method, layer)}, SimpleNamespace(trained=set())
     methods = SimpleNamespace(having=lambda hook: [method])
     found = SimpleNamespace(
         engine=SimpleNamespace(model=model, anatomy=anatomy(model)), wrapped=wrapped, methods=methods
     )
-    _unfroze(found, None, SimpleNamespace(modules=["*embed_tokens*", f"{name}.values"]), "unfreeze")
+    _unfroze(found, trial, SimpleNamespace(modules=["*embed_tokens*", f"{name}.values"]), "unfreeze")
     with pytest.raises(UserError, match="only its own parts"):
-        _unfroze(found, None, SimpleNamespace(modules=[f"{name}.held"]), "unfreeze")
+        _unfroze(found, trial, SimpleNamespace(modules=[f"{name}.held"]), "unfreeze")

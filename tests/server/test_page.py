@@ -135,9 +135,9 @@ def test_text_of_a_run_is_shown_as_text(open_page: Any) -> None:
 
 def test_every_action_says_on_the_curve_who_and_why(open_page: Any) -> None:
     page = open_page("demo/code")
-    tip = page.evaluate("""() => tutelage.tip(Number(document.querySelector('.spark').id.slice(1)),
-        [{axisValue: 201, value: [201, 1], marker: "", seriesName: "loss"}])""")
-    assert "mei: mix weights code 0.8, base/prose 0.2 — more replay" in tip
+    page.wait_for_function("""() => tutelage.tip(Number(document.querySelector('.spark').id.slice(1)),
+        [{axisValue: 201, value: [201, 1], marker: "", seriesName: "loss"}])
+        .includes("mei: mix weights code 0.8, base/prose 0.2 — more replay")""")  # marks come after the curves
 
 
 def test_what_is_offered_is_what_the_trainer_takes(open_page: Any) -> None:
