@@ -19,6 +19,7 @@ from tutelage.look import digest_of
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/quickstart/twelve.yaml"
 SOONER = {
     "continual/replay": {"of": "one"},
+    "continual/ewc": {"rows": 8},
     "steer/bold_driver": {"every": 2},
     "steer/plateau": {"watch": "loss", "every": 1, "patience": 0, "threshold": 0.9, "cooldown": 2},
     "steer/format_then_drift": {"tokens": 2, "every": 3, "form": r"(?s).*"},
