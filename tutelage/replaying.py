@@ -146,9 +146,12 @@ def told(lines: list[Line], *, known: list[Line] | None = None) -> list[Line]:
     became = {entry["id"]: line for line in known or lines if line["by"] == "engine"
               for entry in line["do"] if entry["do"] == "applied"}  # fmt: skip
     found: list[Line] = []
-    for line in with_saves(lines):
+    failed = {
+        entry["id"] for line in lines if line["by"] == "engine" for entry in line["do"] if entry["do"] == "failed"
+    }
+    for line in with_saves([line for line in lines if line.get("id") not in failed]):
         if line["by"] == "engine":
-            rest = [entry for entry in line["do"] if entry["do"] != "applied"]
+            rest = [entry for entry in line["do"] if entry["do"] not in ("applied", "failed")]
             found += [{**line, "do": rest}] if rest else []
             continue
         do = [act for act in line["do"] if act["do"] not in IDLE]

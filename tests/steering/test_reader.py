@@ -10,6 +10,7 @@ import pytest
 from tests.steering.live import answer, ask, journal, run
 from tests.toy import numbers
 from tutelage.core import acts, steer
+from tutelage.replaying import told
 
 
 def two_sources(recipe: dict[str, Any]) -> None:
@@ -123,3 +124,5 @@ def test_a_fault_in_doing_it_ends_one_process_and_not_the_next(tmp_path: Path, m
     assert len(numbers(home, kind="train")) == 8
     (line,) = [entry for line in journal(home, by="engine") for entry in line["do"] if entry["do"] == "failed"]
     assert line["id"] == "skip" and "a fault of ours" in line["why"]
+    again = [act["do"] for line in told(journal(home)) for act in line["do"]]
+    assert not {"skip_data", "failed"} & set(again), "nothing of it is done in a replay"

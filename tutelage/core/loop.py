@@ -47,7 +47,8 @@ def train(run: Run) -> None:
         if len(run.journal.lines) > lines:
             pace.rest()
         if asked:
-            checkpoint.save(run)
+            if not run.unsound:  # the last good save is what to go on from
+                checkpoint.save(run)
             steer.show(run, "stopped", now=True)
             raise Stopped(signal.Signals(asked).name)
         if run.unsound:
