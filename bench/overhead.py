@@ -5,7 +5,13 @@ By turns (bench/turns.py), at steps of about 20 ms on one thread. A turn is abou
     steering    requests looked for between all steps, `controls.json` each second, and one note: asked for through the
                 folder by another process, written to the journal and fsynced, applied, answered
     policy      the same, and a method whose `act` is asked after every step
-    viewer      the same, and another process that reads controls, new metrics and answers twice
+    viewer      the same as steering, and another process that reads controls, new metrics and answers twice
+    all         all of it
+
+Two figures. `within`: the share of a run's step time that passes inside `steer.turn`, which is all that steering adds to the
+loop, policies included; it is measured in the run itself and hardly knows how fast the machine is just then. And the
+ratio of step times to those of the run without, which would see what is not in there (a viewer's reads), but within a few
+percent only: so much one process differs from the next.
 
     python -m bench.overhead                    adds an entry to bench/results/overhead.json
 """
@@ -14,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import time
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -34,6 +42,9 @@ from tutelage.steering import send
 
 STEPS = 50  # of a turn
 NOTE, LOOK = b"n", b"l"
+WITHIN: dict[
+    str, Any
+] = {}  # by system, shared with its processes: seconds inside `steer.turn`, and seconds of all steps
 
 
 class Watcher(Method):
@@ -75,13 +86,25 @@ def outside(runs: Path) -> Callable[[bytes], Any]:
 def steered(folder: Path, turn: Turn, *, steering: bool = True, policy: bool = False, viewer: bool = False) -> None:
     """A run with some of it."""
     tell = outside(folder / "runs") if steering else None
-    if not steering:
-        steer.turn = lambda run, stop=lambda: 0: stop()  # nothing looked for, asked, told or written
-    count = 0
+    spent, began = WITHIN.get(folder.name), 0.0
+    usual, count = steer.turn, 0
+
+    def timed(run: Any, stop: Callable[[], int] = lambda: 0) -> int:
+        begun = time.perf_counter()
+        asked = usual(run, stop)
+        if spent:
+            spent[0] += time.perf_counter() - begun
+        return asked
+
+    # off: nothing looked for, asked, told or written
+    steer.turn = timed if steering else lambda run, stop=lambda: 0: stop()
 
     def step() -> None:
-        nonlocal count
+        nonlocal count, began
+        if spent and count:
+            spent[1] += time.perf_counter() - began
         turn()
+        began = time.perf_counter()
         if tell and count % STEPS == 5:
             tell(NOTE)
         if tell and viewer and count % (STEPS // 2) == 10:
@@ -102,18 +125,23 @@ def main() -> None:
         "steering": steered,
         "policy": partial(steered, policy=True),
         "viewer": partial(steered, viewer=True),
+        "all": partial(steered, policy=True, viewer=True),
     }
+    WITHIN.update({name: multiprocessing.Array("d", 2) for name in systems if name != "nothing"})
     took = race(systems, lives=given.lives, rounds=given.rounds, steps=STEPS)
     found = ratios(took, of="nothing", lives=given.lives)
     about = {"date": str(date.today()), "torch": torch.__version__, "machine": platform.machine()}
     asked = {"lives": given.lives, "rounds": given.rounds, "steps": STEPS, "load": round(os.getloadavg()[0], 2)}
     entry = {
-        **about, **asked, "ratio_to_nothing": found,
+        **about, **asked, "within": {name: round(turns / steps, 5) for name, (turns, steps) in WITHIN.items()},
+        "ratio_to_nothing": found,
         "milliseconds_a_step": {name: round(1e3 * median(t["wall"]), 2) for name, t in took.items()},
         "seconds_a_step": {n: {c: [round(s, 6) for s in t[c]] for c in t} for n, t in took.items()},
     }  # fmt: skip
     if not given.dry:
         append(Path(__file__).parent / "results" / "overhead.json", entry)
+    for name, share in entry["within"].items():
+        print(f"{name}: {100 * share:.2f} % of its steps' time passes in `steer.turn`")
     for name, clocks in found.items():
         for clock, r in clocks.items():
             print(

@@ -3,8 +3,9 @@
     python -m bench.page_load --out bench/results/page_load.json
 
 A stage of a million steps is laid out in a temporary folder and grows by five steps a second. In a browser: time to the
-first paint, the first drawn chart and the fully read file, cold (no index yet) and warm. Then viewers without a browser, who
-open the page and stay connected: how much of a core the server takes, and how regularly each is told what is new.
+first paint, the first drawn chart, the fully read file and the spikes in its curve, cold (no index yet) and warm. Then
+viewers without a browser, who open the page and stay connected: how much of a core the server takes, and how regularly each
+is told what is new.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ import psutil
 
 CHROMIUM = "/usr/bin/chromium"
 STAGE = "bench/long"
+HIGHEST = """Math.max(...getElement(Number(document.querySelector('.spark').id.slice(1)))
+    .chart.getOption().series[0].data.map((p) => p[1] ?? 0))"""
 EACH = 20.0  # seconds for which a number of viewers is watched
 
 
@@ -134,10 +137,15 @@ def opened(url: str) -> dict[str, float]:
         )
         page.wait_for_function("!document.querySelector('.loss').innerText.includes('reading')", timeout=300_000)
         whole = page.evaluate("performance.now()")
-        spikes = page.evaluate("""() => Math.max(...getElement(Number(document.querySelector('.spark').id.slice(1)))
-            .chart.getOption().series[0].data.map((p) => p[1] ?? 0))""")
+        page.wait_for_function(f"{HIGHEST} > 20", timeout=60_000)  # one row in 100,000 of the loss is that high
+        spikes = page.evaluate("performance.now()")
         browser.close()
-    return {"first_paint_s": paint / 1e3, "first_chart_s": chart / 1e3, "whole_s": whole / 1e3, "highest_loss": spikes}
+    return {
+        "first_paint_s": paint / 1e3,
+        "first_chart_s": chart / 1e3,
+        "whole_s": whole / 1e3,
+        "spikes_s": spikes / 1e3,
+    }
 
 
 async def viewer(url: str, told: list[float], sizes: list[int], over: asyncio.Event) -> None:
@@ -145,14 +153,20 @@ async def viewer(url: str, told: list[float], sizes: list[int], over: asyncio.Ev
     import aiohttp
 
     async with aiohttp.ClientSession() as session:
-        async with session.get(f"{url}/stage/{STAGE}") as answer:
+        # the page's socket has a connection of its own, as in a browser; one that is kept alive is closed after 5 s
+        async with session.get(f"{url}/stage/{STAGE}", headers={"Connection": "close"}) as answer:
             found = re.search(r"client_id[^0-9a-f]+([0-9a-f-]{36})", await answer.text())
         assert found, "the page names no client"
         ids = f"client_id={found[1]}&tab_id={uuid.uuid4()}&document_id={uuid.uuid4()}"
         asked = f"{ids}&implicit_handshake=true&next_message_id=0&transport=websocket&EIO=4"
         async with session.ws_connect(f"{url}/_nicegui_ws/socket.io/?{asked}", max_msg_size=0) as wire:
             while not over.is_set():
-                said = str((await wire.receive()).data)
+                got = await wire.receive()
+                if got.type is not aiohttp.WSMsgType.TEXT:
+                    raise RuntimeError(
+                        f"the server sent a viewer away: {got.type.name} {wire.close_code} {got.extra or ''}"
+                    )
+                said = str(got.data)
                 if said.startswith("0"):
                     await wire.send_str("40")
                 elif said == "2":  # a ping
@@ -197,7 +211,7 @@ async def watched(url: str, process: psutil.Process, many: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=int, default=1_000_000, help="50,000 at least, to have a spike")
     parser.add_argument("--viewers", type=int, nargs="*", default=[1, 10, 50])
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:

@@ -5,6 +5,7 @@ The words and files are those of docs/steering.md. A client writes requests, and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -49,7 +50,8 @@ def send(
 ) -> str:
     """Put a request into a stage's folder; returns its id. The same request under the same id is sent once only.
 
-    UserError for an action that is none, a name that nobody may sign with, and an id that another request has.
+    UserError for an action that is none, a name that nobody may sign with, and an id that another request has (the same
+    actions asked for dry are another request).
     """
     if not (folder / "stage.json").is_file():
         raise UserError(f"{folder} is not a stage's folder")
@@ -69,7 +71,7 @@ def send(
     except (UnicodeEncodeError, RecursionError) as error:
         raise UserError("a request is text and numbers that a file can hold, in few levels") from error
     id = id or new_id()
-    place = folder / "requests"
+    place = _own(folder, "requests")
     place.mkdir(exist_ok=True)
     known = answer(folder, id) or read(place / f"{id}.json") or _written_down(folder, id)
     if known is None:
@@ -83,7 +85,7 @@ def send(
             known = read(place / f"{id}.json") or answer(folder, id) or {}
         finally:
             beside.unlink()
-    if known.get("by") != by or not _same(known.get("do"), do):
+    if known.get("by") != by or known.get("dry", False) != dry or not _same(known.get("do"), do):
         raise UserError(f"id: '{id}' is taken by another request of {name_of(folder)}")
     return id
 
@@ -101,7 +103,7 @@ def answer(folder: Path, id: str) -> dict[str, Any] | None:
     """What became of a request; None as long as nobody has said."""
     if not _ID.fullmatch(id):
         raise UserError(f"id: '{id}': letters, digits, - and _, at most 64")
-    return read(folder / "answers" / f"{id}.json")
+    return read(_own(folder, "answers") / f"{id}.json")
 
 
 def wait(folder: Path, id: str, *, seconds: float) -> dict[str, Any]:
@@ -169,9 +171,17 @@ def _join(entries: dict[str, dict[str, Any]], act: dict[str, Any], tick: int) ->
 
 
 def _answers(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted((folder / "answers").glob("*.json")):
-        if found := read(path):
-            yield {"id": path.stem, **found}
+    for path in sorted(_own(folder, "answers").glob("*.json")):
+        with contextlib.suppress(UserError):  # what nobody can read hides nothing of the rest
+            if found := read(path):
+                yield {"id": path.stem, **found}
+
+
+def _own(folder: Path, name: str) -> Path:
+    """A folder within a stage's folder; UserError for one that is a link and so may lie anywhere."""
+    if (folder / name).is_symlink():
+        raise UserError(f"{folder / name} is a link, which is not followed; put a folder in its place")
+    return folder / name
 
 
 # -- branching --------------------------------------------------------------------------------------------------------

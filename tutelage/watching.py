@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.base.errors import UserError, did_you_mean
+from tutelage.core.record import no_link
 
 SILENT = 120.0  # seconds without a word after which a stage at work is said to be silent
 FAILED = 3  # questions in a row without an answer to use, after which an agent is said to be of no help
@@ -262,16 +263,18 @@ def read_or_none(path: Path) -> dict[str, Any] | None:
 def last_line(path: Path) -> str | None:
     """The last line of what a failed stage left, cut short; None where it left nothing."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        with open(path, encoding="utf-8", errors="replace", opener=no_link) as handle:
+            lines = handle.read().strip().splitlines()
     except OSError:
         return None
     return lines[-1][:500] if lines else ""
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A JSON file; None where there is none (it may go while we look)."""
+    """A JSON file, no link to one; None where there is none (it may go while we look)."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8", opener=no_link) as handle:
+            found = json.load(handle)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

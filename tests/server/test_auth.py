@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocketDisconnect
 
 from tests.server.apps import client_of, quickstart
 from tutelage.base.errors import UserError
+from tutelage.server import live
 from tutelage.server.app import build, serve
 from tutelage.server.auth import BODY, Gate, Limit, Tokens
 
@@ -67,6 +69,22 @@ def test_a_token_that_was_taken_back_opens_nothing_nor_do_its_sessions(runs: Pat
     Tokens(runs).drop("anna")
     assert client.post(ACT, json=NOTE, headers=head).status_code == 401
     assert client.post(ACT, json=NOTE).status_code == 401
+
+
+def test_who_looks_on_is_sent_away_once_the_token_is_taken_back(
+    runs: Path, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "HELD", 0.05)
+    kept, gone = bearer(runs, "read", name="anna"), bearer(runs, "read", name="bob")
+    with client.websocket_connect(WS, headers=kept) as stays, client.websocket_connect(WS, headers=gone) as leaves:
+        first = [socket.receive_json()["type"] for socket in (stays, leaves)]
+        Tokens(runs).drop("bob")
+        with pytest.raises(WebSocketDisconnect) as closed:
+            while True:
+                leaves.receive_json()
+        assert closed.value.code == live.DENIED and "taken back" in closed.value.reason
+        stays.close()
+    assert set(first) <= {"loading", "snapshot"}
 
 
 def test_a_wrong_token_is_refused_even_where_none_is_needed_and_guessing_is_slowed(client: TestClient) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tutelage import steering
+from tutelage import steering, watching
 from tutelage.agent import Present
 from tutelage.base.errors import UserError
 from tutelage.core.record import dumps, sole_writer
@@ -132,7 +132,25 @@ def test_a_request_sent_twice_is_there_once_and_another_under_its_id_is_refused(
     assert request.exists() == (where == "requests")
     with pytest.raises(UserError, match="taken by another request"):
         steering.send(folder, [{"do": "eval"}], by="ada", id="x")
+    with pytest.raises(UserError, match="taken by another request"):
+        steering.send(folder, LOWER, by="ada", id="x", dry=True)
     assert len(list((folder / "requests").iterdir())) == (where == "requests")
+
+
+@pytest.mark.parametrize("what", ["answers/x.json", "answers", "requests"])
+def test_a_link_in_a_stages_folder_leads_nowhere(what: str, runs: Path, tmp_path: Path) -> None:
+    folder, secret = lay(runs, "demo/one"), tmp_path / "secret"
+    secret.mkdir()
+    (secret / "x.json").write_text(json.dumps({"by": "ada", "do": LOWER, "state": "applied", "tick": 1}))
+    (folder / "error.txt").symlink_to(secret / "x.json")
+    if what == "answers/x.json":
+        (folder / "answers").mkdir()
+    (folder / what).symlink_to(secret / "x.json" if what.endswith("json") else secret)
+    with pytest.raises(UserError, match="is a link|cannot be read"):
+        steering.send(folder, LOWER, by="ada", id="x")
+    if what == "answers/x.json":
+        assert steering.log(folder) == []
+    assert watching.last_line(folder / "error.txt") is None and [p.name for p in secret.iterdir()] == ["x.json"]
 
 
 @pytest.mark.parametrize(

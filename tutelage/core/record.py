@@ -222,6 +222,11 @@ def _replace(path: Path, text: str) -> None:
         os.replace(beside, path)
 
 
+def no_link(path: str, flags: int) -> int:
+    """Opens what a stage's folder holds for one who looks from outside: a link could lead out of the runs folder."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
 def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     """The rows of a JSONL file; a last line cut by a crash is left out (and removed from the file with `mend`)."""
     if not path.exists():

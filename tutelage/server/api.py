@@ -80,7 +80,7 @@ def routes(desk: Desk) -> APIRouter:
     ) -> None:
         """A stage, live. `since`: the last number known; what came after it follows, and nothing twice."""
         folder = await desk.feeds.look(lambda: desk.folder(run, stage))
-        await live.view(socket, desk, folder, since=since, names=_split(names), width=width)
+        await live.view(socket, desk, folder, who_of(socket), since=since, names=_split(names), width=width)
 
     return router
 

@@ -11,20 +11,22 @@ from pathlib import Path
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from tutelage.base.errors import UserError
+from tutelage.server.auth import Gate, Who
 from tutelage.server.desk import Desk
 from tutelage.server.feed import USUAL, Feed, said
 
 QUIET = 15.0  # seconds without news after which a viewer is told that all is well
 SLOW = 30.0  # seconds that a viewer may take for one message
-GONE, STOPS, BUSY, FAILED = 4404, 1001, 1013, 1011
+HELD = 2.0  # seconds between two looks whether a viewer's token is still good
+GONE, DENIED, STOPS, BUSY, FAILED = 4404, 4401, 1001, 1013, 1011
 
 log = logging.getLogger("tutelage.server")
 
 
 async def view(
-    socket: WebSocket, desk: Desk, folder: Path, *, since: int | None, names: list[str] | None, width: int
+    socket: WebSocket, desk: Desk, folder: Path, who: Who, *, since: int | None, names: list[str] | None, width: int
 ) -> None:
-    """Serve one viewer until it leaves, the stage goes or the server stops.
+    """Serve one viewer until it leaves, its token is taken back, the stage goes or the server stops.
 
     since: the number up to which it knows everything. If the feed still knows what followed, that is what it gets, as
     `news`; else a `snapshot`, which takes the place of all it had.
@@ -35,16 +37,18 @@ async def view(
     )
     left = asyncio.create_task(_left(socket))
     stops = asyncio.create_task(desk.feeds.stopping.wait())
-    tasks = (viewer, left, stops)
+    denied = asyncio.create_task(_denied(desk.gate, who))
+    tasks = (viewer, left, stops, denied)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        stopped = stops.done()
+        stopped, barred = stops.done(), denied.done()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-    ended = _ended(viewer)
-    code, why = (STOPS, "the server stops") if stopped else ended
+    code, why = _ended(viewer)
+    if stopped or barred:
+        code, why = (STOPS, "the server stops") if stopped else (DENIED, "the token was taken back")
     if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
             await asyncio.wait_for(socket.close(code, why[:120]), 1.0)
@@ -66,6 +70,13 @@ async def _left(socket: WebSocket) -> None:
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):
         while (await socket.receive())["type"] != "websocket.disconnect":
             pass
+
+
+async def _denied(gate: Gate, who: Who) -> None:
+    """Until the viewer's token is good no longer, or nobody can say whether it is."""
+    with contextlib.suppress(UserError):
+        while gate.still(who):
+            await asyncio.sleep(HELD)
 
 
 async def _serve(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from tutelage.core.record import no_link
 from tutelage.server import columns
 from tutelage.server.columns import CHUNK, Chunk, Floats, Growing, Ints, Part, thin
 
@@ -36,11 +36,6 @@ def whole_lines(path: Path, offset: int) -> Iterator[bytes]:
             if len(rest) > LINE:
                 return
             yield from lines
-
-
-def no_link(path: str, flags: int) -> int:
-    """A stage's files are files: a link could lead out of the runs folder."""
-    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def ending(path: Path, offset: int) -> bytes | None:
