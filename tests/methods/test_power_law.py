@@ -22,6 +22,7 @@ def test_the_law_gives_the_authors_counts() -> None:
     ages = {f"task{k}": float(k) for k in range(10)}
     found = law(ages, {}, decay=PowerLaw().decay, delay=PowerLaw().delay, rate=None)
     assert list(found.values()) == pytest.approx([count / sum(AUTHORS) for count in AUTHORS], rel=1e-3)
+    assert found["task0"] == pytest.approx(0.38, abs=0.005)  # what the card says that is left to what is new
 
 
 def test_with_a_rate_the_old_share_it_by_the_law_and_the_new_the_rest_by_weight() -> None:

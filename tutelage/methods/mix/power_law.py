@@ -2,7 +2,7 @@
 
 Paper:   Gandhi et al. 2024, arXiv:2401.10393, and its public code
 Use:     `rate` 10–50 % for a fixed budget; leave it out and what is new competes by the same law, as in the authors'
-    environment (with 9 earlier sources it keeps 35 % of the rows); `decay: 0` with a `rate` is uniform rehearsal
+    environment (with 9 earlier sources it keeps 38 % of the rows); `decay: 0` with a `rate` is uniform rehearsal
 Works:   any modality; every earlier stage that trained on data, however many there are
 Costs:   the rehearsed share: at equal compute, that much less of what is new
 With:    takes the place of the mix, so shares among new sources are their `weight`s; continual/replay brings one stage
