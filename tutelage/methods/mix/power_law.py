@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr
 
 from tutelage.base.method import Bench, Method, Seen
 from tutelage.methods._kit.portion import Portion
+from tutelage.methods._kit.shares import normalized
 
 
 class PowerLaw(Method):
@@ -40,8 +41,7 @@ class PowerLaw(Method):
         """What earlier stages learned from, under `stage/name`, each with its share; the stage's own are left out."""
         own = {name: view.source(name).sources[name] for name in view.sources}
         ages, weights = dict.fromkeys(own, 0.0), {n: source.facts.get("weight", 1.0) for n, source in own.items()}
-        mean = sum(weights.values()) / max(1, len(weights))
-        weights = {name: weight / mean for name, weight in weights.items()} if mean else weights
+        weights = {name: share * len(own) for name, share in normalized(weights, place="data").items()}  # 1 in the mean
         known = {source.fingerprint: name for name, source in own.items()}
         found = {}
         for stage, age in reversed(times(view.trained).items()):  # the last practice of a source counts
