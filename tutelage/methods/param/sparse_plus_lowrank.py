@@ -122,10 +122,11 @@ def uniform(tensor: Tensor, bound: float, rng: torch.Generator) -> None:
 
 
 def effect(run: Seen) -> dict[str, float]:
-    """Of blocks' matrices: the mean rank of what was added, and Adam's numbers kept for each weight."""
+    """Of blocks' matrices: the mean rank of what was added, the share of entries it reached, and Adam's numbers a weight."""
     start, end = run.start(), run.weights()
     names = [name for name, t in start.items() if t.ndim == 2 and BLOCK.fullmatch(name)]
     ranks = [float(torch.linalg.matrix_rank(end[name].double() - start[name].double(), rtol=1e-5)) for name in names]
+    reached = [float((end[name] != start[name]).double().mean()) for name in names]
     owners = {name.removesuffix(".weight") for name in names}
     newest = max((run.folder / "state").glob("*/optimizer.safetensors"))
     kept = 0
@@ -133,12 +134,14 @@ def effect(run: Seen) -> dict[str, float]:
         for key in read.keys():  # noqa: SIM118 - no mapping
             if any(key.startswith(f"{owner}.") for owner in owners) and ".bias|" not in key:
                 kept += math.prod(read.get_slice(key).get_shape())
-    return {"rank": sum(ranks) / len(ranks), "kept": kept / sum(start[name].numel() for name in names)}
+    weights = sum(start[name].numel() for name in names)
+    return {"rank": sum(ranks) / len(ranks), "reached": min(reached), "kept": kept / weights}
 
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
-    """More is learned than any product of that rank holds, with a fraction of the states."""
-    return on["rank"] > 3 * SparsePlusLowRank.on["r"] and on["kept"] < 0.6 * off["kept"]
+    """More is learned than any product of that rank holds, and anywhere in a matrix, with a fraction of the states."""
+    both = on["rank"] > 3 * SparsePlusLowRank.on["r"] and on["reached"] > 0.9
+    return both and on["kept"] < 0.6 * off["kept"]
 
 
 # What the sparse part brings at one rank, the paper's first finding; that it comes near full rank is told by the report.
