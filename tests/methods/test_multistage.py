@@ -82,6 +82,33 @@ def test_the_threshold_is_the_mean_of_the_warm_up_s_newest_rows_and_stays(monkey
     assert method.bound() == 2.5
 
 
+class Elsewhere:
+    """A tensor on another device, where a resumed stage finds its state."""
+
+    def __init__(self, there: Tensor) -> None:
+        self.there = there
+
+    def cpu(self) -> Tensor:
+        return self.there
+
+
+def test_a_warm_up_goes_on_with_a_window_that_was_read_back_onto_another_device(monkeypatch: Any) -> None:
+    step = Steps(method := Multistage(warm="2step", window=3, latest="100%"), monkeypatch)  # type: ignore[arg-type]
+    step(0, [9, 4])
+    method.state["window"] = Elsewhere(method.state["window"])
+    step(1, [2, 1])
+    assert method.state["window"].tolist() == [4, 2, 1]
+
+
+def test_it_holds_only_where_the_predictor_spares_reading_too() -> None:
+    off = {"first": 1.0, "last": 1.0, "work": 300.0}
+    assert multistage.holds(
+        {"first": 1.0, "last": 0.25, "work": 75.0 + 25.0}, off
+    )  # a quarter is read, all of it learned
+    assert not multistage.holds({"first": 1.0, "last": 0.25, "work": 75.0 + 100.0}, off)  # all is read
+    assert not multistage.holds({"first": 1.0, "last": 0.25, "work": 75.0}, off)  # none is: losses were not asked
+
+
 def test_a_sure_predictor_spares_the_reading_of_what_it_foretells_to_be_easy(monkeypatch: Any) -> None:
     step = Steps(method := Multistage(warm="1step", steps=2, sure=0.5, latest="100%"), monkeypatch)  # type: ignore[arg-type]
     step(0, [1.0, 1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -22,6 +23,7 @@ def test_the_law_gives_the_authors_counts() -> None:
     ages = {f"task{k}": float(k) for k in range(10)}
     found = law(ages, {}, decay=PowerLaw().decay, delay=PowerLaw().delay, rate=None)
     assert list(found.values()) == pytest.approx([count / sum(AUTHORS) for count in AUTHORS], rel=1e-3)
+    assert found["task0"] == pytest.approx(0.38, abs=0.005)  # what the card says that is left to what is new
 
 
 def test_with_a_rate_the_old_share_it_by_the_law_and_the_new_the_rest_by_weight() -> None:
@@ -41,6 +43,13 @@ def test_time_is_counted_in_stages_of_mean_length() -> None:
     assert times({"long": 300.0, "short": 100.0}) == {"long": 1.5, "short": 1.0}
     assert times({"adopted": 0.0, "two": 100.0}) == {"adopted": 2.0, "two": 1.0}
     assert times({"adopted": 0.0}) == {"adopted": 1.0} and times({}) == {}
+
+
+def test_new_sources_of_no_weight_at_all_are_refused_in_one_line() -> None:
+    source = SimpleNamespace(facts={"weight": 0.0}, fingerprint="b")
+    view: Any = SimpleNamespace(sources=["b"], source=lambda name: SimpleNamespace(sources={name: source}), trained={})
+    with pytest.raises(UserError, match="data: no source has a weight above 0"):
+        PowerLaw().source(view)
 
 
 @pytest.mark.parametrize("wrong", [{"rate": "100%"}, {"rate": -0.1}, {"decay": -1}, {"delay": 0}])

@@ -62,6 +62,26 @@ def test_a_share_that_divides_nothing_evenly_wraps_into_the_next_pass() -> None:
     assert len(set.union(*found[:4])) == 10 and max(seen.values()) - min(seen.values()) <= 1
 
 
+def test_a_round_lasts_as_long_as_its_subset_where_the_share_is_no_whole_number_of_groups() -> None:
+    method = RepeatedRandom(fraction=0.27, groups=10)
+    opened = []
+    for epochs in (0.0, 0.28, 0.299, 0.301, 0.599, 0.601):
+        view: Any = SimpleNamespace(
+            clock=Clock(epochs=epochs), rng=lambda what: torch.Generator().manual_seed(len(opened))
+        )
+        opened.append(set(method.classes(view)))
+    assert method.size == 3 and {len(one) for one in opened} == {3}
+    assert opened[0] == opened[1] == opened[2] != opened[3] == opened[4] != opened[5]
+
+
+def test_a_share_of_less_than_one_group_is_refused_with_the_groups_that_do() -> None:
+    with pytest.raises(
+        UserError, match=r"select/repeated_random.groups: .*0.40% is less than one group; 250 are enough"
+    ):
+        registry.make({"use": "select/repeated_random", "fraction": "0.4%"})
+    assert registry.make({"use": "select/repeated_random", "fraction": "0.4%", "groups": 250}).size == 1
+
+
 def test_once_is_one_subset_for_good() -> None:
     found = rounds(RepeatedRandom(fraction=0.2, groups=10, draw="once"), 6)
     assert len(found[0]) == 2 and all(one == found[0] for one in found)

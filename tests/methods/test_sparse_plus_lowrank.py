@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.core.tiny import tiny
 from tests.methods.test_lora import view_of
@@ -18,7 +19,7 @@ from tutelage.core.acts.modules import _unfroze
 from tutelage.core.anatomy import anatomy
 from tutelage.core.graph import Methods
 from tutelage.core.run import run_graph
-from tutelage.methods.param.sparse_plus_lowrank import Factors
+from tutelage.methods.param.sparse_plus_lowrank import Factors, holds
 
 M, N, R = 12, 20, 3
 
@@ -86,6 +87,20 @@ def test_backward_holds_no_whole_weight():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.numel()) or t, lambda t: t):
         made(torch.randn(2, N, dtype=torch.float64))
     assert M * N not in seen
+
+
+def test_a_step_takes_the_weights_making_twice_and_the_gradients_of_its_factors_more_than_a_dense_layers():
+    made, rows = factors()[0], 16
+    with FlopCounterMode(display=False) as counter:
+        made(torch.randn(rows, N, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 2 * (3 * rows * M * N + 4 * M * N * R)  # two operations a multiplication
+
+
+def test_it_holds_only_where_both_parts_learn():
+    off = {"rank": 32.0, "reached": 1.0, "kept": 2.0}
+    assert holds({"rank": 31.0, "reached": 1.0, "kept": 0.4}, off)
+    assert not holds({"rank": 2.0, "reached": 1.0, "kept": 0.4}, off), "nothing but the product"
+    assert not holds({"rank": 31.0, "reached": 0.1, "kept": 0.4}, off), "nothing but the sparse matrix"
 
 
 def test_a_layer_trains_the_papers_count_of_numbers_and_gpt2s_turned_weights_too():

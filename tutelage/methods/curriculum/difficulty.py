@@ -9,8 +9,8 @@ Costs:   every chunk is decoded and measured when the stage is built, also when 
 With:    any mix: classes are made within each source, so that shares hold in every step
 Differs: what is ordered is a chunk, the part of a document that fits in a row; classes of equal size stand for ranks, and
     inside them order is random, so a stage that is shorter than an epoch sees a random sample of each; perplexity is
-    that of pairs of tokens in the source itself, not of a pretrained model; the paper's pacing functions are named, but
-    its pool's first size and its number of groups are not known to us: `groups` is 10, the pool begins with one; the
+    that of pairs of tokens in the source itself, not of a pretrained model; the paper names its pacing functions and
+    10 groups, but how these are drawn is not known to us: here a pool begins with one group and grows to all; the
     compression ratio is zlib's; MTLD and Flesch's formula are counted here, syllables by groups of vowels
 """
 

@@ -10,7 +10,8 @@ Costs:   at every round a forward pass over `passages` held-out rows of each sou
 With:    continual/replay takes its rate first, these shares divide the rest; mix/skill_it knows what helps what
 Differs: the paper's signal is the mean absolute advantage of a policy's answers; no stage gives it yet, so two that
     supervised stages have stand beside it: progress in nats a label, either way, and norms in shares of the largest;
-    the window counts rounds (steps for a given signal), not 300 samples; shares are kept exactly, not sampled
+    the window counts rounds (steps for a given signal), not 300 samples; what was drawn is counted in rows, not in
+    answers (16 a row there); shares are kept exactly, not sampled
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ OURS = ("progress", "grad_norm")
 class Bandit(Method):
     signal: str = Field(
         "progress",
-        description="`progress`, `grad_norm`, or what steps give by source: `advantage` is `advantage/<source>`",
+        description="`progress`, `grad_norm`, or what steps give by source: `advantage` is `advantage/<source>`, there the "
+        "mean size of its answers' advantages",
     )
     every: SpanField = Field(
         Span(5.0, "%"), description="length of a round, after which our own signals are asked again"

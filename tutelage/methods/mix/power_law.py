@@ -2,7 +2,7 @@
 
 Paper:   Gandhi et al. 2024, arXiv:2401.10393, and its public code
 Use:     `rate` 10–50 % for a fixed budget; leave it out and what is new competes by the same law, as in the authors'
-    environment (with 9 earlier sources it keeps 35 % of the rows); `decay: 0` with a `rate` is uniform rehearsal
+    environment (with 9 earlier sources it keeps 38 % of the rows); `decay: 0` with a `rate` is uniform rehearsal
 Works:   any modality; every earlier stage that trained on data, however many there are
 Costs:   the rehearsed share: at equal compute, that much less of what is new
 With:    takes the place of the mix, so shares among new sources are their `weight`s; continual/replay brings one stage
@@ -22,6 +22,7 @@ from pydantic import Field, PrivateAttr
 
 from tutelage.base.method import Bench, Method, Seen
 from tutelage.methods._kit.portion import Portion
+from tutelage.methods._kit.shares import normalized
 
 
 class PowerLaw(Method):
@@ -40,8 +41,7 @@ class PowerLaw(Method):
         """What earlier stages learned from, under `stage/name`, each with its share; the stage's own are left out."""
         own = {name: view.source(name).sources[name] for name in view.sources}
         ages, weights = dict.fromkeys(own, 0.0), {n: source.facts.get("weight", 1.0) for n, source in own.items()}
-        mean = sum(weights.values()) / max(1, len(weights))
-        weights = {name: weight / mean for name, weight in weights.items()} if mean else weights
+        weights = {name: share * len(own) for name, share in normalized(weights, place="data").items()}  # 1 in the mean
         known = {source.fingerprint: name for name, source in own.items()}
         found = {}
         for stage, age in reversed(times(view.trained).items()):  # the last practice of a source counts

@@ -9,7 +9,8 @@ Works:   any model with blocks, with any objective; whole weights, not under a w
 Costs:   fewer than a plain step: no gradients and no optimizer states for what stays, whose share of backward is saved
 With:    continual/replay and any other method beside it; it is no penalty and needs no old data
 Differs: a bias goes with its matrix; where matrices are fused (GPT-2's query, key and value) or each expert's lie in one
-         tensor, that tensor is one of its kind; what lies in no block (embeddings, head, the last norm) is trained, as are
+         tensor, that tensor is one of its kind, and where heads share keys and values, half of the matrices is not half of
+         the numbers; what lies in no block (embeddings, head, the last norm) is trained, as are
          theirs but for the last norm, of which the paper does not speak. Rounds are stages, never parts of one. Putting
          half of a tuned model's matrices back to the original's (the paper's pilot) is merge/half_reset
 """

@@ -3,17 +3,19 @@
 The weight itself is never held between steps: it is put together for a product and once more for its gradients.
 
 Paper:   Han et al. 2024, arXiv:2406.02214
-Use:     r a quarter to a half of the width, density 0.03 (0.05 in 7 B parameters), alpha / r from 1/4 down as models grow; AdamW
+Use:     r a quarter to a third of the width, density 0.03 (0.05 in 7 B parameters), alpha / r from 1/4 down as models grow; AdamW
          without decay, lr 3e-3; with what is not a block's linear layer (embeddings, norms, head) trained as ever
 Works:   any model with linear layers (GPT-2's Conv1D too); experts in one 3-D tensor stay as they are
 Costs:   (m + n)·r + d·m·n numbers trained for m·n, where d is the density, and 4 bytes for each place; a step takes
-         m·n·r operations more, twice, and puts every weight together once more in backward
+         4·m·n·r multiplications more for a micro-batch: to put the weight together, once more in backward, and for the
+         gradients of both factors
 With:    `engine: {clip: null, fused_backward: true}` is the paper's per-layer update; optimizer states are not in 8 bits here.
          The stage after it has whole weights
 Differs: on a start from trained weights these are held frozen, and product and sparse matrix are added to them, from 0; from
          fresh ones they are put in their place, as in the paper. Places are held in 32 bits where the paper takes 64. With
-         density 0 (nothing but a low-rank product, its baseline) B begins as A does, for nothing would move from B = 0. What is
-         put together again in backward is PyTorch's checkpointing, not a kernel of its own
+         density 0 (nothing but a low-rank product, its baseline) B begins as A does, for nothing would move from B = 0. A
+         bias stays as the model has it, where their code draws it anew. What is put together again in backward is PyTorch's
+         checkpointing, not a kernel of its own
 """
 
 from __future__ import annotations
@@ -120,10 +122,11 @@ def uniform(tensor: Tensor, bound: float, rng: torch.Generator) -> None:
 
 
 def effect(run: Seen) -> dict[str, float]:
-    """Of blocks' matrices: the mean rank of what was added, and Adam's numbers kept for each weight."""
+    """Of blocks' matrices: the mean rank of what was added, the share of entries it reached, and Adam's numbers a weight."""
     start, end = run.start(), run.weights()
     names = [name for name, t in start.items() if t.ndim == 2 and BLOCK.fullmatch(name)]
     ranks = [float(torch.linalg.matrix_rank(end[name].double() - start[name].double(), rtol=1e-5)) for name in names]
+    reached = [float((end[name] != start[name]).double().mean()) for name in names]
     owners = {name.removesuffix(".weight") for name in names}
     newest = max((run.folder / "state").glob("*/optimizer.safetensors"))
     kept = 0
@@ -131,12 +134,14 @@ def effect(run: Seen) -> dict[str, float]:
         for key in read.keys():  # noqa: SIM118 - no mapping
             if any(key.startswith(f"{owner}.") for owner in owners) and ".bias|" not in key:
                 kept += math.prod(read.get_slice(key).get_shape())
-    return {"rank": sum(ranks) / len(ranks), "kept": kept / sum(start[name].numel() for name in names)}
+    weights = sum(start[name].numel() for name in names)
+    return {"rank": sum(ranks) / len(ranks), "reached": min(reached), "kept": kept / weights}
 
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
-    """More is learned than any product of that rank holds, with a fraction of the states."""
-    return on["rank"] > 3 * SparsePlusLowRank.on["r"] and on["kept"] < 0.6 * off["kept"]
+    """More is learned than any product of that rank holds, and anywhere in a matrix, with a fraction of the states."""
+    both = on["rank"] > 3 * SparsePlusLowRank.on["r"] and on["reached"] > 0.9
+    return both and on["kept"] < 0.6 * off["kept"]
 
 
 # What the sparse part brings at one rank, the paper's first finding; that it comes near full rank is told by the report.

@@ -7,10 +7,11 @@ Works:   any model with linear layers (GPT-2's Conv1D too); experts in one 3-D t
 Costs:   r trained numbers a layer, with gradients and optimizer states for these alone; but both sides' first r singular
          vectors are held beside the weight, which is more than the weight at full r, and one decomposition a layer at the start
 With:    PEFT has no format for it: `model/` is exported with the values folded in
-Differs: singular vectors and values are kept beside the layer, and values act by how far they moved, so that the model
-         answers at the start as it did, to the bit; `rest: dropped` leaves the best approximation of rank r alone, of which
-         the paper's abstract speaks. The two are one at full r, with which its figure of 16 times fewer parameters is met.
-         All linear layers of the blocks are wrapped by default. The decomposition is in float32
+Differs: the paper's W = W_r + W_e, of which W_e stays and only the values of W_r are trained, is written otherwise: singular
+         vectors and values are kept beside the whole weight, and values act by how far they moved, so that the model answers
+         at the start as it did, to the bit. `rest: dropped` leaves W_r alone, as its abstract can be read. The two are one at
+         full r, with which its figure of 16 times fewer parameters is met. All linear layers of the blocks are wrapped by
+         default. The decomposition is in float32
 """
 
 from __future__ import annotations
