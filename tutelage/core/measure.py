@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 def planned(spec: EvalSpec, total: dict[str, float]) -> list[int]:
-    """Steps at which to measure: log-spaced while things change fast, then even. The start and the end always.
+    """Steps at which to measure before the end, where it is always done: the start, then log-spaced, then even.
 
     `total` is the clock's: what each unit reaches when the stage ends.
     """
     last = math.ceil(total.get("step", 0))
     if not last or last >= UNKNOWN:
         return [0]  # planned again once it is known how many steps there are
-    steps = {0, last}
-    if spec.every == "log":
-        steps |= {round(last / 2**k) for k in range(1, 9)} | {round(last * i / 10) for i in range(1, 10)}
+    steps = {0}
+    if spec.every == "log":  # the first before enough steps were timed to know what fits the budget: few of them
+        steps |= {round(last / 2**k) for k in range(1, 7)} | {round(last * i / 10) for i in range(1, 10)}
     elif spec.every != "none":
         span = Span.parse(spec.every)
         if span.unit != "%" and span.unit not in total:
@@ -37,17 +37,12 @@ def planned(spec: EvalSpec, total: dict[str, float]) -> list[int]:
             )
         gap = last * span.share if span.unit == "%" else span.value * total["step"] / total[span.unit]
         steps |= set(range(0, last, max(1, round(gap))))
-    return sorted(step for step in steps if 0 <= step <= last)
+    return sorted(step for step in steps if 0 <= step < last)
 
 
 def thinned(steps: list[int], *, room: int) -> list[int]:
-    """At most `room` of the steps, the ends kept, what goes taken evenly from the rest."""
-    if len(steps) <= room:
-        return steps
-    inner = steps[1:-1]
-    keep = max(0, room - 2)
-    chosen = [inner[round((i + 0.5) * len(inner) / keep - 0.5)] for i in range(keep)] if keep else []
-    return sorted({steps[0], *chosen, steps[-1]})
+    """At most `room` of the steps, from amidst them: of equally many parts of the list the middle of each."""
+    return [steps[int((i + 0.5) * len(steps) / room)] for i in range(room)] if len(steps) > room else steps
 
 
 @dataclass
@@ -67,7 +62,7 @@ class Evals:
         kept, whole = len(self.steps), self.thinned_from
         self.steps = planned(self.spec, total)
         if whole:
-            self.steps = thinned(self.steps, room=max(2, math.ceil(len(self.steps) * kept / whole)))
+            self.steps = thinned(self.steps, room=max(1, math.ceil(len(self.steps) * kept / whole)))
 
     def due(self, step: int) -> bool:
         return step in self.steps
@@ -85,8 +80,8 @@ class Evals:
         whole, share = len(self.steps), Span.parse(self.spec.budget).share
         ahead = [step for step in self.steps if step > now]
         affordable = int((share * step_seconds * total - self.seconds) / self.last) if self.last > 0 else len(ahead)
-        kept = thinned([now, *ahead], room=max(1, affordable) + 1)[1:] if ahead else []
-        return {"do": "thin", "steps": [step for step in self.steps if step <= now] + kept, "planned": whole}
+        kept = [step for step in self.steps if step <= now] + thinned(ahead, room=max(1, affordable))
+        return {"do": "thin", "steps": kept, "planned": whole}
 
     def run(self, view: View, *, final: bool) -> dict[str, Any]:
         """Measure now: numbers, texts and the time it took. Nothing about the training changes."""
