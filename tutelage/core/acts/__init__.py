@@ -98,9 +98,10 @@ def _anything(run: Run, trial: Trial, action: Any, place: str) -> None:
 
 
 def _answering(run: Run, trial: Trial, action: Any, place: str) -> None:
-    waiting = run.standing.waiting
+    waiting = [name for name in run.standing.waiting if name not in trial.answered]
     if action.id not in waiting:
         raise UserError(f"{place}: nothing waits under '{action.id}'{did_you_mean(action.id, waiting)}")
+    trial.answered.add(action.id)
 
 
 def _silent(run: Run, action: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Trial:
     mix: dict[str, float] | None = None
     trained: set[str] = field(default_factory=set)  # parameters, by name
     clock: Clock = field(default_factory=Clock)
+    answered: set[str] = field(default_factory=set)  # of what waits for a person
 
     @staticmethod
     def of(run: Run) -> Trial:

@@ -1,0 +1,89 @@
+"""What a second reader found: valid requests that ended a run or hung it, and ways round a limit, an approval, a word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.steering.live import answer, ask, run
+from tests.toy import numbers
+
+Change = Callable[[dict[str, Any]], None]
+LR = "optim.lr"
+
+
+def agent(*do: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return ask(*do, by="robo", actor="agent", **more)
+
+
+def put(path: str, to: Any) -> dict[str, Any]:
+    return {"do": "set", "path": path, "to": to}
+
+
+def one(**keys: Any) -> Change:
+    def change(recipe: dict[str, Any]) -> None:
+        stages = recipe["stages"]
+        stages["one"]["data"]["b"] = stages["two"]["data"]["b"]
+        for key, value in keys.items():
+            before = stages["one"].get(key)
+            stages["one"][key] = {**before, **value} if isinstance(before, dict) and key != "schedule" else value
+
+    return change
+
+
+def source(folder: Path, **fields: Any) -> dict[str, Any]:
+    path = folder / "more.jsonl"
+    rows = [json.dumps({"text": f"cat dog {i} ran home", **fields}) + "\n" for i in range(60)]
+    path.write_text("".join(rows), encoding="utf-8")
+    return {"path": str(path), "val": "20%"}
+
+
+WSD = {"use": "schedule/wsd", "warm": "0step", "cooldown": "10%"}
+METADATA = [{"use": "condition/metadata", "form": "{source}: ", "cooldown": "2step"}]
+BANDIT = {"use": "mix/bandit", "every": "2step", "passages": 4}
+SKILLS = {"use": "mix/skill_it", "every": "2step", "pilot": 0, "passages": 4}
+BUCKETS = {"use": "curriculum/length_buckets", "shortest": 8, "cycles": 2}
+FORGETTING = [{"use": "steer/forgetting_budget", "allowed": 1e308, "cap": 1, "then": "pause"}]
+
+
+def test_one_answer_to_what_waits_is_enough(tmp_path: Path) -> None:
+    yes, no = ({"do": do, "id": "end"} for do in ("approve", "refuse"))
+    looks = [[("twice", ask(yes, yes))], [("both", ask(yes, no))], [("once", ask(yes))]]
+    script = {
+        2: [
+            [("halt", ask({"do": "pause"})), ("end", agent({"do": "end_stage"}))],
+            *looks,
+            [("on", ask({"do": "resume"}))],
+        ]
+    }
+    home = run(tmp_path, script)
+    states = {name: answer(home, name)["state"] for name in ("twice", "both", "once", "end")}
+    assert states == {"twice": "refused", "both": "refused", "once": "applied", "end": "applied"}
+    assert len(numbers(home, kind="train")) == 2
+
+
+def test_what_is_left_is_drawn_also_where_the_mix_gave_it_nothing(tmp_path: Path) -> None:
+    mix = {"use": "mix/fixed", "shares": {"a": 1.0, "b": 0.0}}
+    home = run(tmp_path, {3: [[("x", ask({"do": "drop_source", "name": "a"}))]]}, change=one(mix=mix))
+    assert answer(home, "x")["state"] == "applied"
+    assert [row["weights"] for row in numbers(home, kind="train")][3:] == [{"b": 1.0}] * 5
+
+
+def test_the_smallest_weights_of_a_gate_end_nothing(tmp_path: Path) -> None:
+    gate = "steer/objective_gate"
+    both = ask(put(f"{gate}.strength", 1e-300), put(f"{gate}.phase", 1e-300))
+    home = run(tmp_path, {3: [[("x", both)]]}, change=one(methods=[{"use": gate}]))
+    assert answer(home, "x")["state"] == "applied" and len(numbers(home, kind="train")) == 8
+
+
+def test_a_penalty_whose_weights_are_all_frozen_is_none(tmp_path: Path) -> None:
+    def change(recipe: dict[str, Any]) -> None:
+        one(keep={"old": dict(recipe["stages"]["two"]["data"]["b"])}, train=["*layers.0*"])(recipe)
+        recipe["stages"]["one"]["methods"] = [{"use": "continual/ewc", "rows": 4, "of": "old"}]
+
+    swap = [{"do": "unfreeze", "modules": ["*layers.1*"]}, {"do": "freeze", "modules": ["*layers.0*"]}]
+    home = run(tmp_path, {3: [[("x", ask(*swap))]]}, change=change)
+    pulls = [row["penalty/continual/ewc"] for row in numbers(home, kind="train")]
+    assert pulls[2] > 0 and pulls[3:] == [0.0] * 5
