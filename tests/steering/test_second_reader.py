@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.steering.live import answer, ask, run
+import pytest
+
+from tests.steering.live import answer, ask, killed, run
 from tests.toy import numbers
+from tutelage.look import digest_of
 
 Change = Callable[[dict[str, Any]], None]
 LR = "optim.lr"
@@ -46,6 +49,47 @@ BANDIT = {"use": "mix/bandit", "every": "2step", "passages": 4}
 SKILLS = {"use": "mix/skill_it", "every": "2step", "pilot": 0, "passages": 4}
 BUCKETS = {"use": "curriculum/length_buckets", "shortest": 8, "cycles": 2}
 FORGETTING = [{"use": "steer/forgetting_budget", "allowed": 1e308, "cap": 1, "then": "pause"}]
+UNTOLD: dict[str, tuple[Change, dict[str, Any], str]] = {
+    "a last span that nobody can count": (one(schedule=WSD), put("schedule/wsd.cooldown", "1e12flop"), "not known"),
+    "a method's own last span": (one(methods=METADATA), put("condition/metadata.cooldown", "1Tflop"), "not known"),
+    "an end that other spans are not told in": (one(methods=METADATA), {"do": "extend", "until": "1Tflop"}, "flop"),
+    "an end that measurements are not told in": (
+        one(evals={"every": "512tok"}), {"do": "extend", "until": "2Gflop"}, "flop"
+    ),
+    "more measurements than memory holds": (
+        one(evals={"every": "1step"}), {"do": "extend", "until": "300Mstep"}, "measurements"
+    ),
+    "more steps than are counted": (one(), {"do": "extend", "until": "2Gstep"}, "fewer than"),
+    "shares of which none is a number": (one(mix=BANDIT), put("mix/bandit.temperature", 1e-310), "greater"),
+    "scores of which none is a number": (one(mix=BANDIT), put("mix/bandit.explore", 1e308), "less"),
+    "weights of which none is a number": (one(mix=SKILLS), put("mix/skill_it.eta", 1e308), "less"),
+    "so many cycles that none ends": (one(curriculum=BUCKETS), put("curriculum/length_buckets.cycles", 1e15), "less"),
+    "a number that is none any more": (
+        one(methods=FORGETTING),
+        {"do": "scale", "path": "steer/forgetting_budget.allowed", "by": 1000},
+        "no number is so large",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_what_would_end_or_hang_the_stage_later_is_refused_now(name: str, tmp_path: Path) -> None:
+    change, act, why = UNTOLD[name]
+    home = run(tmp_path, {3: [[("x", ask(act))]]}, change=change)
+    assert answer(home, "x")["state"] == "refused" and why in answer(home, "x")["error"]
+    assert len(numbers(home, kind="train")) == 8
+
+
+def test_a_stage_that_counts_flops_is_extended_in_them_and_its_steps_are_told(tmp_path: Path) -> None:
+    def change(recipe: dict[str, Any]) -> None:
+        one(until="300Mflop", evals={"every": "2step"})(recipe)
+
+    homes = [tmp_path / "whole", tmp_path / "cut"]
+    script = {5: [[("x", ask({"do": "extend", "until": "600Mflop"}))]]}
+    killed(homes[1], 6, change=change, script=script)
+    found = [run(home, script, change=change) for home in homes]
+    assert numbers(found[0]) == numbers(found[1]) and digest_of(found[0]) == digest_of(found[1])
+    assert numbers(found[0], kind="train")[-1]["flops"] >= 600e6
 
 
 def test_one_answer_to_what_waits_is_enough(tmp_path: Path) -> None:

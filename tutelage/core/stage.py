@@ -288,18 +288,18 @@ def build(node: Node, *, world: World, say: Say) -> Run:
         run.steered = Steered(**saved[1]["steered"])
         for name in run.steered.added:
             run.open_source(name)
+    view.clock.total = totals(run, stage.until)
+    evaluation(run)
     steer.check_planned(run)
     if base.packing != stage.packing and base.packing == "single" and not run.journal.engine("packing"):
         note = [{"do": "packing", "rule": "single"}]
         run.journal.append(tick=0, by="engine", do=note, write=world.rank == 0)
-    view.clock.total = totals(run, stage.until)
     view.length, view.tokens = stage.length, run.rows * stage.length
     if methods.slots["curriculum"]:
         engine.length = stage.length
     shape.begin(run, saved)
     shape.wrap(run)
     shape.optimizer(run)
-    evaluation(run)
     micro.begin(run)
     checkpoint.restore(run, saved)
     steer.prepare(run)
@@ -411,13 +411,15 @@ def totals(run: Run, until: Span) -> dict[str, float]:
     per_step = {"step": 1.0, "tok": tokens_step, "sample": float(run.rows)}
     if epoch:
         per_step["epoch"] = tokens_step / epoch
+    if "flop" in run.clock.total and run.clock.total.get("step"):  # once it was counted what a step takes
+        per_step["flop"] = run.clock.total["flop"] / run.clock.total["step"]
     unit, value = until.unit, until.value
     if unit == "%":
         unit, value = "epoch", until.share
     if unit == "min":
         steps = float(UNKNOWN)  # until the engine has timed a step and says how many
         return {"step": steps, **{u: steps * per_step[u] for u in per_step if u != "step"}}
-    if unit == "flop":
+    if unit == "flop" and "flop" not in per_step:
         return {"flop": value}
     steps = value / per_step[unit]
     return {unit: value, **{u: steps * per_step[u] for u in per_step if u != unit}}

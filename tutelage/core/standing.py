@@ -182,8 +182,8 @@ class Standing:
 
 
 def _as(act: Action, effect: dict[str, Any]) -> str:
-    """What an action amounts to: an end put forward, or told in a unit that cannot be compared, ends the stage."""
+    """What an action amounts to: an end put forward ends the stage."""
     if act.do != "extend":
         return act.do
     change = effect["changes"][0]
-    return "end_stage" if act.until.unit == "flop" or change["now"] < change["was"] else act.do
+    return "end_stage" if change["now"] < change["was"] else act.do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,8 @@ def _try(run: Run, trial: Trial, action: Any, place: str) -> None:
     name, _, key = action.path.rpartition(".")
     try:
         put(trial.methods[name], key, action)
+        if getattr(trial.methods[name], key) == math.inf:
+            raise UserError(f"{place}: {action.path}: no number is so large")
     except ValidationError as error:
         raise UserError(f"{place}: {action.path}: {error.errors()[0]['msg']}") from error
     except TypeError as error:
@@ -94,6 +97,7 @@ def _try(run: Run, trial: Trial, action: Any, place: str) -> None:
     )
     if not taken < 1:
         raise UserError(f"{place}: {action.path}: methods would take {taken:.0%} of every batch, and nothing is left")
+    trial.told(run, place)
 
 
 def put(method: Method, key: str, action: Any) -> None:
