@@ -11,6 +11,7 @@ import pytest
 
 from tests.steering.live import answer, ask, killed, run
 from tests.toy import numbers
+from tutelage.core import artifact, steer
 from tutelage.look import digest_of
 
 Change = Callable[[dict[str, Any]], None]
@@ -108,11 +109,54 @@ def test_one_answer_to_what_waits_is_enough(tmp_path: Path) -> None:
     assert len(numbers(home, kind="train")) == 2
 
 
+def test_sources_that_join_at_once_leave_something_for_the_others(tmp_path: Path) -> None:
+    joins = [{"do": "add_source", "name": n, "source": source(tmp_path), "weight": 0.6} for n in ("c", "d")]
+    home = run(tmp_path, {3: [[("both", ask(*joins)), ("first", ask(joins[0]))]]}, change=one())
+    assert "whole mixture" in answer(home, "both")["error"] and answer(home, "first")["state"] == "applied"
+
+
 def test_what_is_left_is_drawn_also_where_the_mix_gave_it_nothing(tmp_path: Path) -> None:
     mix = {"use": "mix/fixed", "shares": {"a": 1.0, "b": 0.0}}
     home = run(tmp_path, {3: [[("x", ask({"do": "drop_source", "name": "a"}))]]}, change=one(mix=mix))
     assert answer(home, "x")["state"] == "applied"
     assert [row["weights"] for row in numbers(home, kind="train")][3:] == [{"b": 1.0}] * 5
+
+
+def test_a_source_that_the_stage_cannot_draw_is_refused(tmp_path: Path) -> None:
+    def change(recipe: dict[str, Any]) -> None:
+        folders = [tmp_path / name for name in ("a", "b")]
+        for folder in folders:
+            folder.mkdir()
+            recipe["stages"]["one"]["data"][folder.name] = source(folder, url="http://x.org/1")
+        recipe["stages"]["one"]["methods"] = [{"use": "condition/metadata", "form": "{url.host} ", "cooldown": "0step"}]
+
+    join = {"do": "add_source", "name": "c", "source": source(tmp_path), "weight": 0.1}
+    home = run(tmp_path, {3: [[("x", ask(join))]]}, change=change)
+    assert answer(home, "x")["state"] == "refused" and "form asks for {url}" in answer(home, "x")["error"]
+
+
+def test_what_is_held_in_four_bits_is_neither_freed_nor_begun_anew(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    asked = {do: ask({"do": do, "modules": ["*mlp*"]}) for do in ("unfreeze", "reset")}
+    change = one(train=["*norm*"], engine={"quantize": "nf4"})
+    home = run(tmp_path, {3: [list(asked.items())]}, change=change)
+    assert all("held in four bits" in answer(home, do)["error"] for do in asked)
+
+
+def test_nobody_goes_back_to_a_save_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = steer.collect
+
+    def cut(stage: Any) -> Any:
+        path = stage.folder / "state" / "000000002" / "model.safetensors"
+        if stage.clock.tick == 5 and path.stat().st_size > 500:
+            path.write_bytes(path.read_bytes()[:500])
+        return collect(stage)
+
+    monkeypatch.setattr(steer, "collect", cut)
+    script = {2: [[("save", ask({"do": "save"}))]], 5: [[("x", ask({"do": "rollback", "to": 2}))]]}
+    home = run(tmp_path, script, change=one())
+    assert answer(home, "x")["state"] == "refused" and "(saves: 4)" in answer(home, "x")["error"]
+    assert not artifact.whole(home / "state/000000002")
 
 
 def test_the_smallest_weights_of_a_gate_end_nothing(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from tutelage.core.prefix import prefixed
 from tutelage.core.record import Journal, Metrics, newest_line, read_lines
 from tutelage.core.rules import Rules
 from tutelage.core.shard import World
-from tutelage.core.stream import Source, Stream
+from tutelage.core.stream import Order, Source, Stream
 from tutelage.core.types import Batch
 from tutelage.core.view import Data, View
 
@@ -96,12 +96,20 @@ class Run:
         names = [*self.node.stage.data, *self.steered.added]
         return [name for name in names if name not in self.steered.dropped]
 
+    def opened(self, name: str, spec: SourceSpec) -> tuple[Source, Source]:
+        """What is drawn of a source that joins, and its held-out part. UserError for one that nothing can be drawn from."""
+        corpus = self.corpora.of(name, spec)
+        source = prefixed(name, corpus.train, node=self.node, methods=self.methods, processor=self.processor)
+        whole, parts = self.parts.divided(source)
+        for part in parts.values() or [whole]:
+            Order(part, seed=self.node.seed)
+        return source, corpus.heldout
+
     def open_source(self, name: str) -> None:
         """Draw from a source that an action added, and measure its held-out part."""
-        corpus = self.corpora.of(name, SourceSpec.model_validate(self.steered.added[name]["source"]))
+        source, heldout = self.opened(name, SourceSpec.model_validate(self.steered.added[name]["source"]))
         view = self.view
         if name not in self.sources:
-            source = prefixed(name, corpus.train, node=self.node, methods=self.methods, processor=self.processor)
             found = self.parts.add(source)
             self.sources |= found
             for drawn, order in self.parts.orders(found, seed=self.node.seed, packing=self.packing).items():
@@ -109,7 +117,7 @@ class Run:
         if name not in view.heldout:
             collate = partial(self.modality.collate, length=self.node.stage.length)
             length = self.node.stage.length
-            view.heldout[name] = Data({name: corpus.heldout}, collate, seed=0, length=length, packing=self.packing)
+            view.heldout[name] = Data({name: heldout}, collate, seed=0, length=length, packing=self.packing)
 
     def epochs(self) -> float:
         """Passes over the largest source that has been drawn from."""

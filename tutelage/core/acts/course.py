@@ -104,8 +104,9 @@ def _end(run: Run, action: Any) -> None:
 
 
 def saved_at(run: Run, to: Any, place: str) -> int:
-    """The tick of the newest save at or before `to`; rank 0's disk decides."""
-    found = [int(path.name) for path in artifact.states(run.folder / "state")] if not run.engine.world.rank else []
+    """The tick of the newest save at or before `to` that can be read; rank 0's disk decides."""
+    saves = artifact.states(run.folder / "state") if not run.engine.world.rank else []
+    found = [int(path.name) for path in saves if artifact.whole(path)]
     ticks = list(run.engine.world.agree(found))
     before = [tick for tick in ticks if to == "last" or tick <= to]
     if not before:

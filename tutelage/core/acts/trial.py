@@ -19,7 +19,7 @@ class Trial:
     """What a request's earlier actions would already have changed when its later ones are checked."""
 
     methods: dict[str, Method]
-    added: set[str] = field(default_factory=set)
+    added: dict[str, float] = field(default_factory=dict)  # sources that joined, with their weights
     dropped: set[str] = field(default_factory=set)
     mix: dict[str, float] | None = None
     trained: set[str] = field(default_factory=set)  # parameters, by name
@@ -31,7 +31,7 @@ class Trial:
         steered = run.steered
         return Trial(
             {m.name(): m.model_copy() for m in run.methods.all()},
-            set(steered.added),
+            {name: added["weight"] for name, added in steered.added.items()},
             set(steered.dropped),
             steered.mix,
             set(run.engine.params),
