@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.steering.live import answer, ask, killed, run
+from tests.steering.live import answer, ask, journal, killed, run
 from tests.toy import numbers
+from tutelage.base.errors import UserError
+from tutelage.base.method import Method
 from tutelage.core import artifact, steer
 from tutelage.look import digest_of
 
@@ -175,3 +177,50 @@ def test_a_penalty_whose_weights_are_all_frozen_is_none(tmp_path: Path) -> None:
     home = run(tmp_path, {3: [[("x", ask(*swap))]]}, change=change)
     pulls = [row["penalty/continual/ewc"] for row in numbers(home, kind="train")]
     assert pulls[2] > 0 and pulls[3:] == [0.0] * 5
+
+
+# -- what the recipe says beside what people do -----------------------------------------------------------------------
+
+
+def test_an_action_of_the_recipe_that_steering_made_impossible_is_refused_in_writing(tmp_path: Path) -> None:
+    drop = {"do": "drop_source", "name": "b"}
+    change = one(actions=[{"tick": 6, **drop}])
+    script = {3: [[("x", ask(drop))]]}
+    home = run(tmp_path / "whole", script, change=change)
+    assert len(numbers(home, kind="train")) == 8
+    (refused,) = [e for line in journal(home, by="engine") for e in line["do"] if e["do"] == "refused"]
+    assert refused["id"] == "recipe-6" and "no source 'b'" in refused["why"]
+    killed(tmp_path / "cut", 7, change=change, script=script)
+    assert journal(run(tmp_path / "cut", change=change))[-1]["do"][0]["id"] == "recipe-6"
+    with pytest.raises(UserError, match="no source 'c'"):
+        run(tmp_path / "plain", change=one(actions=[{"tick": 6, "do": "drop_source", "name": "c"}]))
+
+
+def test_a_way_back_does_not_pass_over_an_action_of_the_recipe(tmp_path: Path) -> None:
+    """A way back moves the tick; what the recipe says of the next one is done there, now and after a cut."""
+    change = one(actions=[{"tick": 5, "do": "scale", "path": LR, "by": 0.5}], save={"every": "2step", "keep": 9})
+    script = {4: [[("x", ask({"do": "rollback", "to": 2}))]]}
+    whole = run(tmp_path / "whole", script, change=change)
+    assert {row["tick"]: row["lr"] for row in numbers(whole, kind="train")}[6] == pytest.approx(5e-3)
+    killed(tmp_path / "cut", 7, change=change, script=script)
+    assert digest_of(run(tmp_path / "cut", change=change)) == digest_of(whole)
+
+
+class Counts(Method):
+    """A policy that remembers when it was asked."""
+
+    def act(self, view: Any) -> list[dict[str, Any]]:
+        self.state["asked"] = f"{self.state.get('asked', '')} {int(view.clock.tick)}"
+        return []
+
+
+def test_a_policy_is_asked_as_often_after_a_cut_as_without(tmp_path: Path) -> None:
+    """Also where the stage is saved at a tick that a way back has made."""
+    change = one(methods=[{"use": f"{__name__}:Counts"}], save={"every": "2step", "keep": 9})
+    script = {4: [[("x", ask({"do": "rollback", "to": 2}, {"do": "save"}))]]}
+    homes = [tmp_path / "whole", tmp_path / "cut"]
+    killed(homes[1], 6, change=change, script=script)
+    asked = []
+    for home in [run(home, script if home is homes[0] else None, change=change) for home in homes]:
+        asked.append(artifact.load_state(artifact.states(home / "state")[-1])[1]["methods"])
+    assert asked[0] == asked[1]

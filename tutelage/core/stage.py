@@ -91,6 +91,11 @@ class Run:
     def totals(self, until: Span) -> dict[str, float]:
         return totals(self, until)
 
+    def next_tick(self) -> None:
+        """No two sets of weights share a tick. Between two steps policies are asked once."""
+        self.clock.tick += 1
+        self.asked = self.clock.tick
+
     def own(self) -> list[str]:
         """The sources that are mixed; the others belong to methods."""
         names = [*self.node.stage.data, *self.steered.added]

@@ -58,6 +58,8 @@ def turn(run: Run, stop: Callable[[], int] = lambda: 0) -> int:
         wanted = []
         for request in sorted(requests, key=lambda r: RANK[r["actor"]]):
             decide(run, request)
+        while planned(run):  # a way back may have moved the tick
+            pass
         stopped = run.standing.stopped_at(run.clock.tick)
         if stopped and not paused:
             run.say({"note": "paused: `tutelage steer` … resume goes on"})
@@ -97,16 +99,31 @@ def _asked_for(line: dict[str, Any]) -> bool:
 
 
 def planned(run: Run) -> bool:
-    """The recipe's actions of this tick, once. Whether there were any: they may have moved the tick."""
+    """The recipe's actions of this tick, once. Whether there were any: they may have moved the tick.
+
+    What cannot be done is an error of the recipe's, unless somebody has steered the stage: then it is refused, in writing.
+    """
     tick = run.clock.tick
     mine = [act for act in run.node.stage.actions if act.get("tick") == tick]
-    if not mine or any(line["by"] == "recipe" and line["tick"] == tick for line in run.journal.lines):
+    if (
+        not mine
+        or f"recipe-{tick}" in run.standing.done
+        or any(line["by"] == "recipe" and line["tick"] == tick for line in run.journal.lines)
+    ):
         return False
     place = f"stages.{run.node.name}.actions"
     why = "; ".join(str(act["why"]) for act in mine if act.get("why"))
     do = [{k: v for k, v in act.items() if k not in ("tick", "why")} for act in mine]
     request = {"id": f"recipe-{tick}", "by": "recipe", "actor": "recipe", "do": do, "why": why}
-    actions = checked(run, request, place)
+    try:
+        actions = checked(run, request, place)
+    except UserError as error:
+        if not {"person", "agent", "policy"} & set(run.standing.counts):
+            raise
+        text = str(error).removeprefix(f"{place}: ")
+        engine_line(run, {"do": "refused", "id": request["id"], "request": request, "why": text})
+        run.say({"warning": f"{error}; the stage was steered, and goes on without it"})
+        return False
     carry_out(run, written(run, request, actions), actions)
     return run.clock.tick != tick
 

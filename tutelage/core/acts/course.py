@@ -136,7 +136,7 @@ def _rollback(run: Run, action: Any) -> None:
         )  # a resumed stage goes back to it once more
     checkpoint.roll_back(run, tick=action.to, skip=action.skip)
     run.unsound = False
-    run.clock.tick += 1  # no two sets of weights share a tick
+    run.next_tick()
 
 
 def _branched(run: Run, trial: Trial, action: Any, place: str) -> None:

@@ -89,7 +89,7 @@ def _reset(run: Run, action: Any) -> None:
     config = run.engine.model.config.to_dict()
     fresh = run.modality.model(None, config, processor=run.processor, length=run.node.stage.length)
     shape.overwrite(run, {name: p.detach() for name, p in fresh.named_parameters() if name in names})
-    run.clock.tick += 1  # no two sets of weights share a tick
+    run.next_tick()
 
 
 ACTS = {
