@@ -11,6 +11,7 @@ import pytest
 
 from tests.steering.live import answer, ask, journal, killed, run
 from tests.toy import numbers
+from tutelage import steering
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
 from tutelage.core import artifact, steer
@@ -224,3 +225,57 @@ def test_a_policy_is_asked_as_often_after_a_cut_as_without(tmp_path: Path) -> No
     for home in [run(home, script if home is homes[0] else None, change=change) for home in homes]:
         asked.append(artifact.load_state(artifact.states(home / "state")[-1])[1]["methods"])
     assert asked[0] == asked[1]
+
+
+# -- who may do what --------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_read_for_an_agent_that_only_asks(tmp_path: Path) -> None:
+    join = {"do": "add_source", "name": "c", "source": source(tmp_path, password="x"), "weight": 0.1}
+    script = {
+        2: [[("ask", agent(join, dry=True))]],
+        3: [[("lock", ask({"do": "lock"}))], [("locked", agent(join, dry=True))]],
+    }
+    script[3] = [[("halt", ask({"do": "pause"})), *script[3][0]], script[3][1], [("on", ask({"do": "resume"}))]]
+    (tmp_path / "runs").mkdir()
+    home = run(tmp_path, script, change=one())
+    assert "waits for a person" in answer(home, "ask")["error"] and "locked" in answer(home, "locked")["error"]
+    assert {answer(home, name)["state"] for name in ("ask", "locked")} == {"refused"}
+    assert len(list((tmp_path / "runs/.data").glob("*/"))) == 2 and not steering.controls(home)["waiting"]
+
+
+def test_a_schedule_is_no_way_round_a_limit_on_the_rate_nor_round_a_persons_word(tmp_path: Path) -> None:
+    level = "schedule/constant.level"
+    limits = {"agent": {"limits": {LR: {"by": [0.5, 2.0], "per": "4step"}}}, "hold": "3step"}
+    script = {
+        1: [[("wild", agent(put(level, 50.0))), ("some", agent(put(level, 1.5)))]],
+        2: [[("more", agent({"do": "scale", "path": LR, "by": 1.5}))]],
+        3: [[("mine", ask(put(LR, 5e-3)))]],
+        4: [[("held", agent(put(level, 1.4)))]],
+    }
+    home = run(tmp_path, script, change=one(steering=limits))
+    states = {name: answer(home, name)["state"] for name in ("wild", "some", "more", "mine", "held")}
+    assert states == {"wild": "refused", "some": "applied", "more": "refused", "mine": "applied", "held": "refused"}
+    assert "a person changed optim.lr" in answer(home, "held")["error"]
+
+
+def test_every_value_that_an_undo_moves_counts_for_a_limit(tmp_path: Path) -> None:
+    clip = "engine.clip"
+    limits = {"agent": {"limits": {clip: {"by": [0.5, 2.0], "per": "3step"}}}}
+    script = {
+        1: [[("up", agent({"do": "scale", "path": clip, "by": 2.0}, {"do": "scale", "path": LR, "by": 0.9}))]],
+        3: [[("back", agent({"do": "undo", "id": "up"}))]],
+        4: [[("down", agent({"do": "scale", "path": clip, "by": 0.5}))]],
+    }
+    home = run(tmp_path, script, change=one(steering=limits))
+    assert [answer(home, name)["state"] for name in ("up", "back", "down")] == ["applied", "applied", "refused"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "why"),
+    [({"approve": ["rolback"]}, "rollback"), ({"approve": ["undo"]}, "what it does"),
+     ({"limits": {"optim.rl": {"by": [0.5, 2]}}}, "optim.lr"), ({"limits": {"optim.base": {"by": [0.5, 2]}}}, "optim.base")],
+)  # fmt: skip
+def test_a_rule_that_would_hold_nobody_is_refused(rules: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=why):
+        run(tmp_path, change=one(steering={"agent": rules}))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.base.action import CHANGES, RANK, Action, parse
-from tutelage.base.errors import UserError
+from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import acts, artifact, checkpoint, controls
 from tutelage.core.acts import Trial
 from tutelage.core.record import dumps, plain, write_whole
@@ -161,8 +161,7 @@ def decide(run: Run, request: Request) -> None:
         return answer(run, kept, state="waiting", tick=run.clock.tick, error="it waits for a person")
     place = f"request {request['id']}"
     try:
-        if not request.get("dry"):
-            standing.admit(_parsed(request, place), actor=request["actor"], approved=bool(request.get("approved")))
+        standing.admit(_parsed(request, place), actor=request["actor"], approved=bool(request.get("approved")))
         actions = checked(run, request, place)
         if request.get("dry"):
             effects = [acts.effect(run, action) for action in actions]
@@ -173,9 +172,10 @@ def decide(run: Run, request: Request) -> None:
             plain_acts, effects, actor=request["actor"], tick=run.clock.tick, approved=bool(request.get("approved"))
         )
     except Waits as wait:
-        if not request.get("dry"):
-            kept = {key: request[key] for key in ("by", "actor", "do", "why")}
-            engine_line(run, {"do": "waiting", "id": request["id"], "request": kept, "why": str(wait)})
+        if request.get("dry"):  # it asks for nothing that could wait
+            return answer(run, request, state="refused", tick=run.clock.tick, error=str(wait))
+        kept = {key: request[key] for key in ("by", "actor", "do", "why")}
+        engine_line(run, {"do": "waiting", "id": request["id"], "request": kept, "why": str(wait)})
         return answer(run, request, state="waiting", tick=run.clock.tick, error=str(wait))
     except UserError as error:
         text = str(error).removeprefix(f"{place}: ")
@@ -415,7 +415,14 @@ def close(run: Run) -> None:
 
 
 def check_planned(run: Run) -> None:
-    """UserError now, not at its tick, for an action of the recipe that is misspelled or has no tick."""
+    """UserError now, not at its tick, for an action of the recipe that is misspelled or has no tick, and for a limit on
+    what nobody can set."""
+    known = {*acts.OWN, *acts.steerable(run)} - {"optim.base"}
+    for actor in ("agent", "policy"):
+        for path in getattr(run.node.stage.steering, actor).limits:
+            if path not in known:
+                place = f"stages.{run.node.name}.steering.{actor}.limits"
+                raise UserError(f"{place}: nothing here can be steered as '{path}'{did_you_mean(path, known)}")
     for i, act in enumerate(run.node.stage.actions):
         place = f"stages.{run.node.name}.actions.{i}"
         if not isinstance(act.get("tick"), int) or act["tick"] < 0:

@@ -127,7 +127,23 @@ def _value_effect(run: Run, action: Any) -> dict[str, Any]:
     copy = next(m for m in run.methods.all() if m.name() == name).model_copy()
     put(copy, key, action)
     new = plain(getattr(copy, key))
-    return {**said, "changes": [{"what": action.path, "was": now, "now": new, "used": new}]}
+    change = {"what": action.path, "was": now, "now": new, "used": new}
+    if "factor" in copy.hooks():
+        before, after = factor(run), copy.factor(run.clock)
+        change |= {"base": base_rate(run.engine.optimizer), "rate": _times(before, after)}
+    return {**said, "changes": [change]}
+
+
+def _times(before: float, after: float) -> float:
+    """The factor between two numbers."""
+    return after / before if before else 1.0 if after == before else math.inf
+
+
+def in_use(run: Run, effects: list[dict[str, Any]]) -> None:
+    """Say of rates what the next step uses, once all of a request is done: what followed may have moved the schedule."""
+    for change in (change for effect in effects for change in effect.get("changes", [])):
+        if change["what"] == "optim.lr":
+            change["used"] = change["now"] * factor(run)
 
 
 def plain(value: Any) -> Any:
