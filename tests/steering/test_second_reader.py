@@ -14,8 +14,9 @@ from tests.toy import numbers
 from tutelage import steering
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
-from tutelage.core import artifact, steer
+from tutelage.core import acts, artifact, steer
 from tutelage.look import digest_of
+from tutelage.modalities.text.toy import MODELS
 
 Change = Callable[[dict[str, Any]], None]
 LR = "optim.lr"
@@ -178,6 +179,27 @@ def test_a_penalty_whose_weights_are_all_frozen_is_none(tmp_path: Path) -> None:
     home = run(tmp_path, {3: [[("x", ask(*swap))]]}, change=change)
     pulls = [row["penalty/continual/ewc"] for row in numbers(home, kind="train")]
     assert pulls[2] > 0 and pulls[3:] == [0.0] * 5
+
+
+def test_an_undo_gives_every_module_back_its_own_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect, seen, path = steer.collect, {}, "model.dropout"
+
+    def looked(stage: Any) -> Any:
+        drops = {getattr(module, name) for module, name in acts.dropouts(stage.engine.model)}
+        seen[stage.clock.tick] = sorted(drops)
+        return collect(stage)
+
+    monkeypatch.setattr(steer, "collect", looked)
+    model = {**MODELS["gpt2"], "resid_pdrop": 0.2, "embd_pdrop": 0.1}
+
+    def change(recipe: dict[str, Any]) -> None:
+        recipe["stages"]["one"]["start"] = model
+
+    script = {1: [[("a", ask(put(path, 0.3)))]], 2: [[("b", ask(put(path, 0.4)))]],
+              3: [[("c", ask({"do": "undo", "id": "b"}))]], 4: [[("d", ask({"do": "undo", "id": "a"}))]]}  # fmt: skip
+    home = run(tmp_path, script, change=change, steps=6)
+    assert [answer(home, name)["state"] for name in "abcd"] == ["applied"] * 4
+    assert [seen[tick] for tick in range(1, 6)] == [[0.0, 0.1, 0.2], [0.3], [0.4], [0.3], [0.0, 0.1, 0.2]]
 
 
 # -- what the recipe says beside what people do -----------------------------------------------------------------------

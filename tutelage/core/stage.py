@@ -17,7 +17,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.links import stage_of
 from tutelage.base.method import Method
 from tutelage.base.spec import SourceSpec
-from tutelage.core import artifact, checkpoint, micro, parts, randomness, shape, standing, steer
+from tutelage.core import acts, artifact, checkpoint, micro, parts, randomness, shape, standing, steer
 from tutelage.core.alerts import Watch
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.device import autocast_of, device_of
@@ -74,6 +74,7 @@ class Run:
     extra: dict[str, nn.Module] = field(default_factory=dict)  # parts that methods own
     wrapped: dict[str, tuple[nn.Module, Method, nn.Module]] = field(default_factory=dict)  # wrapper, owner, layer
     steered: Steered = field(default_factory=Steered)
+    dropouts: list[float] = field(default_factory=list)  # as the recipe has them, of each module that has some
     parked: dict[str, dict[str, Any]] = field(default_factory=dict)  # optimizer states of what is frozen, by name
     watch: Watch = field(default_factory=Watch)  # what of the steps stands out, for people
     shown: float = -1e9  # when the controls were last written
@@ -314,6 +315,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
     shape.wrap(run)
     shape.optimizer(run)
     micro.begin(run)
+    run.dropouts = [getattr(module, name) for module, name in acts.dropouts(engine.model)]
     checkpoint.restore(run, saved)
     steer.prepare(run)
     run.rules = Rules(run)

@@ -73,6 +73,8 @@ def _valued(run: Run, trial: Trial, action: Any, place: str) -> None:
         return
     now = value(run, action.path)
     new = action.to if action.do == "set" else now * action.by
+    if new is None and action.path == "model.dropout":
+        return
     if not isinstance(new, (int, float)):
         raise UserError(f"{place}: {action.path} is a number (got {new!r})")
     low, high = {"engine.clip": (1e-12, 1e12), "model.dropout": (0.0, 1 - 1e-9)}.get(action.path, (0.0, 1e6))
@@ -122,7 +124,10 @@ def _value_effect(run: Run, action: Any) -> dict[str, Any]:
         return {**said, "changes": changes, "undo": [{"do": "set", "path": "optim.base", "to": base}]}
     if action.path in OWN:
         new = action.to if action.do == "set" else now * action.by
-        return {**said, "changes": [{"what": action.path, "was": now, "now": new, "used": new}]}
+        shown = "as the recipe has it" if new is None else new
+        if action.path == "model.dropout" and action.path not in run.steered.values:  # modules may differ in it
+            said["undo"] = [{"do": "set", "path": action.path, "to": None}]
+        return {**said, "changes": [{"what": action.path, "was": now, "now": shown, "used": shown}]}
     name, _, key = action.path.rpartition(".")
     copy = next(m for m in run.methods.all() if m.name() == name).model_copy()
     put(copy, key, action)
@@ -166,7 +171,8 @@ def _assign(run: Run, action: Any) -> None:
         return
     if action.path in OWN:
         new_value = action.to if action.do == "set" else value(run, action.path) * action.by
-        run.steered.values[action.path] = float(new_value)
+        run.steered.values.pop(action.path, None)
+        run.steered.values |= {} if new_value is None else {action.path: float(new_value)}
         settle(run)
         return
     name, _, key = action.path.rpartition(".")
@@ -184,8 +190,8 @@ def settle(run: Run) -> None:
     values = run.steered.values
     if "engine.clip" in values:
         run.engine.clip = values["engine.clip"]
-    for module, attribute in dropouts(run.engine.model) if "model.dropout" in values else ():
-        setattr(module, attribute, values["model.dropout"])
+    for (module, attribute), own in zip(dropouts(run.engine.model), run.dropouts, strict=True):
+        setattr(module, attribute, values.get("model.dropout", own))
 
 
 ACTS = {"set": (_valued, _value_effect, _assign), "scale": (_valued, _value_effect, _assign)}
