@@ -249,6 +249,14 @@ def test_a_policy_is_asked_as_often_after_a_cut_as_without(tmp_path: Path) -> No
     assert asked[0] == asked[1]
 
 
+def test_the_rate_that_is_told_is_the_one_that_is_used(tmp_path: Path) -> None:
+    """Also where a later action of the same request moves the schedule."""
+    both = ask(put(LR, 1e-3), put("schedule/cosine.floor", 0.9))
+    home = run(tmp_path, {3: [[("x", both)]]}, change=one(schedule={"use": "schedule/cosine", "warm": "0step"}))
+    used = {change["used"] for change in answer(home, "x")["effects"][0]["changes"]}
+    assert used == {next(row["lr"] for row in numbers(home, kind="train") if row["tick"] == 4)}
+
+
 # -- who may do what --------------------------------------------------------------------------------------------------
 
 

@@ -217,18 +217,18 @@ def _hold_back(run: Run, actions: list[Action]) -> None:
 
 def checked(run: Run, request: Request, place: str) -> list[Action]:
     """The request's actions, resolved; UserError when one of them cannot be done, on this rank or another."""
-    trial, found, wrong = Trial.of(run), [], None
-    try:
-        for parsed in _parsed(request, place):
-            action = acts.check(run, parsed, trial, place)
-            acts.effect(run, action)  # so that it cannot fail when it is done
-            found.append(action)
-    except UserError as error:
-        wrong = error
-    except Exception as error:  # whatever a client asks for must not end the run
-        wrong = UserError(f"{place}: {type(error).__name__}: {error}")
-    if run.engine.world.largest(int(wrong is not None)):
-        raise wrong or UserError(f"{place}: another rank cannot do it")
+    trial, found = Trial.of(run), []
+    for parsed in _parsed(request, place):
+        wrong = None
+        try:
+            found.append(acts.check(run, parsed, trial, place))
+            acts.effect(run, found[-1])  # so that it cannot fail when it is done
+        except UserError as error:
+            wrong = error
+        except Exception as error:  # whatever a client asks for must not end the run
+            wrong = UserError(f"{place}: {type(error).__name__}: {error}")
+        if run.engine.world.largest(int(wrong is not None)):  # before the next one, about which ranks speak, too
+            raise wrong or UserError(f"{place}: another rank cannot do it")
     return found
 
 
@@ -258,6 +258,7 @@ def carry_out(
             told = acts.effect(run, action)
             undo += told.pop("undo", [])
             effects.append({**told, **acts.apply(run, action)})
+        acts.in_use(run, effects)
     except Exception as error:  # a fault of ours: this process ends, but the next one must not meet it again
         if write:
             engine_line(run, {"do": "failed", "id": line["id"], "why": f"{type(error).__name__}: {error}"}, tick=tick)
