@@ -15,8 +15,10 @@ from tutelage import steering
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
 from tutelage.core import acts, artifact, steer
+from tutelage.core.record import plain
 from tutelage.look import digest_of
 from tutelage.modalities.text.toy import MODELS
+from tutelage.server.feed import said
 
 Change = Callable[[dict[str, Any]], None]
 LR = "optim.lr"
@@ -309,3 +311,9 @@ def test_every_value_that_an_undo_moves_counts_for_a_limit(tmp_path: Path) -> No
 def test_a_rule_that_would_hold_nobody_is_refused(rules: Any, why: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=why):
         run(tmp_path, change=one(steering={"agent": rules}))
+
+
+def test_a_number_of_any_size_is_shown(tmp_path: Path) -> None:
+    home = run(tmp_path, {3: [[("x", agent({"do": "rollback", "to": 10**30}))]]}, change=one())
+    for found in (steering.controls(home), steering.log(home), steering.answer(home, "x")):
+        assert b"1000000000000000000000000000000" in said(plain(found))
