@@ -11,13 +11,14 @@ import pytest
 
 from tests.steering.live import answer, ask, journal, killed, run
 from tests.toy import numbers
-from tutelage import steering
+from tutelage import brief, steering
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
 from tutelage.core import acts, artifact, steer
-from tutelage.core.record import plain
+from tutelage.core.record import dumps, plain
 from tutelage.look import digest_of
 from tutelage.modalities.text.toy import MODELS
+from tutelage.server import api
 from tutelage.server.feed import said
 
 Change = Callable[[dict[str, Any]], None]
@@ -317,3 +318,22 @@ def test_a_number_of_any_size_is_shown(tmp_path: Path) -> None:
     home = run(tmp_path, {3: [[("x", agent({"do": "rollback", "to": 10**30}))]]}, change=one())
     for found in (steering.controls(home), steering.log(home), steering.answer(home, "x")):
         assert b"1000000000000000000000000000000" in said(plain(found))
+
+
+@pytest.mark.parametrize("look", [steering.log, brief.latest, brief.evals, api._brief])
+def test_files_of_lines_that_are_links_are_not_followed(look: Callable[[Any], Any], tmp_path: Path) -> None:
+    home, secret = tmp_path / "runs/toy/one/1", tmp_path / "secret.jsonl"
+    home.mkdir(parents=True)
+    (home / "stage.json").write_text("{}")
+    act = {"id": "x", "by": "ada", "tick": 1, "do": [{"do": "note", "text": "hidden"}]}
+    rows = [
+        {"kind": "train", "tick": 1, "loss": "hidden"},
+        {"kind": "eval", "tick": 1, "step": 1, "final": False, "values": {"hidden": 1}},
+    ]
+    secret.write_text("".join(dumps(row) + "\n" for row in (rows if look is not steering.log else [act])))
+    (home / ("journal.jsonl" if look is steering.log else "metrics.jsonl")).symlink_to(secret)
+    what = steering.stages(tmp_path / "runs")[0] if look is api._brief else home
+    try:
+        assert "hidden" not in str(look(what))
+    except UserError as error:
+        assert "is a link" in str(error)
