@@ -12,11 +12,14 @@ import pytest
 from tests.steering.live import answer, ask, journal, killed, run
 from tests.toy import numbers
 from tutelage import brief, steering
+from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
+from tutelage.base.spec import SourceSpec
 from tutelage.core import acts, artifact, steer
 from tutelage.core.record import dumps, plain
 from tutelage.look import digest_of
+from tutelage.modalities.text import imports
 from tutelage.modalities.text.toy import MODELS
 from tutelage.server import api
 from tutelage.server.feed import said
@@ -337,3 +340,15 @@ def test_files_of_lines_that_are_links_are_not_followed(look: Callable[[Any], An
         assert "hidden" not in str(look(what))
     except UserError as error:
         assert "is a link" in str(error)
+
+
+@pytest.mark.parametrize("name", ["untold:", "untold:X.Y", "untold:X:Z", "untold:é", "untold:X Y"])
+def test_what_a_branch_is_not_refused_for_is_not_imported_either(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "untold.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="names no code"):
+        registry.make({"use": name})
+    with pytest.raises(UserError, match="write the generator"):
+        list(imports.importer(SourceSpec(use=name))[1](None))  # type: ignore[index]
