@@ -120,8 +120,7 @@ def planned(run: Run) -> bool:
     except UserError as error:
         if not {"person", "agent", "policy"} & set(run.standing.counts):
             raise
-        text = str(error).removeprefix(f"{place}: ")
-        engine_line(run, {"do": "refused", "id": request["id"], "request": request, "why": text})
+        engine_line(run, {"do": "refused", "id": request["id"], "request": request, "why": str(error)})
         run.say({"warning": f"{error}; the stage was steered, and goes on without it"})
         return False
     carry_out(run, written(run, request, actions), actions)
@@ -420,10 +419,9 @@ def check_planned(run: Run) -> None:
     what nobody can set."""
     known = {*acts.OWN, *acts.steerable(run)} - {"optim.base"}
     for actor in ("agent", "policy"):
-        for path in getattr(run.node.stage.steering, actor).limits:
-            if path not in known:
-                place = f"stages.{run.node.name}.steering.{actor}.limits"
-                raise UserError(f"{place}: nothing here can be steered as '{path}'{did_you_mean(path, known)}")
+        for path in set(getattr(run.node.stage.steering, actor).limits) - known:
+            place = f"stages.{run.node.name}.steering.{actor}.limits"
+            raise UserError(f"{place}: nothing here can be steered as '{path}'{did_you_mean(path, known)}")
     for i, act in enumerate(run.node.stage.actions):
         place = f"stages.{run.node.name}.actions.{i}"
         if not isinstance(act.get("tick"), int) or act["tick"] < 0:
