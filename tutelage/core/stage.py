@@ -90,7 +90,7 @@ class Run:
         return self.view.clock
 
     def totals(self, until: Span) -> dict[str, float]:
-        return totals(self, until)
+        return totals(self, until, known=self.clock.total)
 
     def next_tick(self) -> None:
         """No two sets of weights share a tick. Between two steps policies are asked once."""
@@ -414,8 +414,8 @@ def last_line(node: Node, *, kind: str) -> dict[str, Any]:
     return newest_line(node.artifact / "metrics.jsonl", kind=kind)
 
 
-def totals(run: Run, until: Span) -> dict[str, float]:
-    """How far the stage goes, in its own unit first, then what is known of the others.
+def totals(run: Run, until: Span, *, known: dict[str, float] | None = None) -> dict[str, float]:
+    """How far the stage goes, in its own unit first, then what is known of the others (`known`: of a running stage).
 
     Minutes are counted in steps once a few steps have been timed; a percent span is one of the largest source.
     """
@@ -426,8 +426,8 @@ def totals(run: Run, until: Span) -> dict[str, float]:
     per_step = {"step": 1.0, "tok": tokens_step, "sample": float(run.rows)}
     if epoch:
         per_step["epoch"] = tokens_step / epoch
-    if "flop" in run.clock.total and run.clock.total.get("step"):  # once it was counted what a step takes
-        per_step["flop"] = run.clock.total["flop"] / run.clock.total["step"]
+    if known and "flop" in known and known.get("step"):  # once it was counted what a step takes
+        per_step["flop"] = known["flop"] / known["step"]
     unit, value = until.unit, until.value
     if unit == "%":
         unit, value = "epoch", until.share
