@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults.test_kill import in_child
 from tests.steering.live import answer, ask, journal, killed, run
 from tests.toy import numbers
 from tutelage import brief, steering
@@ -21,6 +24,7 @@ from tutelage.core.record import dumps, plain
 from tutelage.look import digest_of
 from tutelage.modalities.text import imports
 from tutelage.modalities.text.toy import MODELS
+from tutelage.replaying import told
 from tutelage.server import api
 from tutelage.server.feed import said
 
@@ -253,6 +257,38 @@ def test_a_policy_is_asked_as_often_after_a_cut_as_without(tmp_path: Path) -> No
     for home in [run(home, script if home is homes[0] else None, change=change) for home in homes]:
         asked.append(artifact.load_state(artifact.states(home / "state")[-1])[1]["methods"])
     assert asked[0] == asked[1]
+
+
+class Wishes(Method):
+    """A policy that wants something once."""
+
+    def act(self, view: Any) -> list[dict[str, Any]]:
+        return [{"do": "scale", "path": LR, "by": 0.5}] if int(view.clock.tick) == 3 else []
+
+
+def test_a_policys_wish_is_not_lost_when_the_cut_comes_before_its_turn(tmp_path: Path) -> None:
+    change = one(methods=[{"use": f"{__name__}:Wishes"}])
+    script = {3: [[("x", ask({"do": "eval"}))]]}
+
+    def work() -> None:
+        decide = steer.decide
+
+        def cut(stage: Any, request: dict[str, Any]) -> None:
+            if request["actor"] == "policy":
+                os.kill(os.getpid(), signal.SIGKILL)
+            decide(stage, request)
+
+        steer.decide = cut
+        run(tmp_path / "cut", script, change=change)
+
+    assert in_child(work) == -signal.SIGKILL
+    whole, again = run(tmp_path / "whole", script, change=change), run(tmp_path / "cut", change=change)
+    assert digest_of(again) == digest_of(whole) and numbers(again) == numbers(whole)
+
+
+def test_a_policys_pause_stops_no_replay() -> None:
+    line = {"id": "3-x", "tick": 3, "by": "x", "actor": "policy", "do": [{"do": "pause"}]}
+    assert [found["do"] for found in told([line]) if found["by"] == "x"] == [[]]
 
 
 def test_the_rate_that_is_told_is_the_one_that_is_used(tmp_path: Path) -> None:

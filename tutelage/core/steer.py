@@ -128,16 +128,14 @@ def planned(run: Run) -> bool:
 
 
 def policies(run: Run) -> list[Request]:
-    """What policies ask for after the last step; they are asked once a tick.
-
-    Up to the journal's last line, and in a replay, they only follow: what they did stands there.
-    """
+    """What policies ask for after the last step, once a tick. Before the journal's last tick, and in a replay, they only
+    follow: what they did stands there, and nothing of it is done twice."""
     tick = run.clock.tick
     if run.asked >= tick:
         return []
     run.asked = tick
-    ahead = any(map(_asked_for, run.journal.lines[run.lines :]))
-    heard = not ahead and not run.node.stage.steering.replay
+    later = [line for line in run.journal.lines[run.lines :] if line["tick"] > tick or line["by"] == "replay"]
+    heard = not run.node.stage.steering.replay and not any(map(_asked_for, later))  # now: a cut may have come first
     found = []
     for method in run.methods.having("act"):
         do = method.act(run.view)
