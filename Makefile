@@ -24,7 +24,7 @@ demo: $(RUNTIME)
 	@echo "Your own model and file:  $(BIN)/tutelage new recipe ./my-model my-data.jsonl && $(BIN)/tutelage run recipe.yaml"
 
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

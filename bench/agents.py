@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import undecoded
+from bench.turns import append
 
 RESULTS = Path("bench/results/agents.json")
 FORK = multiprocessing.get_context("fork")
@@ -304,9 +305,7 @@ def main() -> None:
     parser.add_argument("--side-by-side", type=int, default=2)
     options = parser.parse_args()
     data = qualities(options.regime, options.seeds, options.runs, options.side_by_side)
-    entries = [*json.loads(RESULTS.read_text(encoding="utf-8")), data] if RESULTS.exists() else [data]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    append(RESULTS, data)
     for what, found in data["differences"].items():
         print(f"{what}: {found['mean']:+.3f} [{found['low']}, {found['high']}]")
     print(f"Wrote {RESULTS}")

@@ -117,15 +117,14 @@ def main() -> None:
     if args.case is not None:
         print(json.dumps(measure(args.case, args.rows)))
         return
-    found = []
+    from bench.turns import append
+
     for case in ("ce", "kl"):
         command = [sys.executable, "-m", "bench.memory_vocab", "--case", case, "--rows", str(args.rows)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(found[-1], flush=True)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*before, *found], indent=1) + "\n")
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(found, flush=True)
+        append(RESULTS, found)
 
 
 if __name__ == "__main__":

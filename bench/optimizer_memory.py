@@ -10,7 +10,6 @@ weight. The peak is the allocator's own, above weights and states, in a step aft
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import transformers as tf
 
+from bench.turns import append
 from tutelage import modalities
 from tutelage.base import registry
 from tutelage.core.anatomy import anatomy
@@ -138,8 +138,7 @@ def main() -> None:
         "rank": RANK,
         "rows": rows,
     }
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*before, line], indent=1) + "\n")
+    append(RESULTS, line)
 
 
 if __name__ == "__main__":

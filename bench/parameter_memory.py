@@ -9,7 +9,6 @@ measured stands the paper's formula: for a matrix of m by n, (m + n)·r + d·m·
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.optimizer_memory import RANK, Still, batch, engine_of, model, peak
+from bench.turns import append
 from tutelage import sizing
 from tutelage.base import registry
 from tutelage.core.engine import Engine
@@ -90,8 +90,7 @@ def main() -> None:
         "density": DENSITY,
         "rows": rows,
     }
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*before, line], indent=1) + "\n")
+    append(RESULTS, line)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ steps, float32, one thread. `difference` is the largest of any weight after the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench.turns import append
 from tutelage.base import registry
 
 RESULTS = Path(__file__).parents[1] / "results" / "lowrank.json"
@@ -101,8 +101,7 @@ def main() -> None:
             print(row, flush=True)
             found.append(row)
     line = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "packages": packages, "rows": found}
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*before, line], indent=1) + "\n")
+    append(RESULTS, line)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,11 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils.flop_counter import (
     addmm_flop,
     baddbmm_flop,
@@ -89,6 +93,11 @@ def count(fn: Callable[[], T]) -> tuple[T, int]:
     with _Counter() as counter:
         result = fn()
     return result, counter.flops
+
+
+def counting() -> bool:
+    """Whether work is being counted just now. Nothing can be compiled then: torch would leave what it meets alone for good."""
+    return any(isinstance(mode, _Counter) for mode in _get_current_dispatch_mode_stack())
 
 
 def uncounted() -> contextlib.AbstractContextManager[Any]:

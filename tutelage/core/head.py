@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tutelage.core import flops
+
 
 class Head:
     """From hidden states to the model's own logits; made by `forward`.
@@ -140,11 +142,14 @@ def answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
 
 
 def call(module: nn.Module, *, compiled: bool = False) -> Callable[..., Any]:
-    """A module's call with its hooks; a model compiled as a whole runs as written, since it must meet our answers."""
+    """A module's call with its hooks; a model compiled as a whole runs as written, since it must meet our answers.
+
+    `compiled`: as compiled, if it is; while operations are counted, as written.
+    """
     whole = vars(module).get("_compiled_call_impl")
     if whole is None:
         return module if not compiled else module._call_impl
-    return whole if compiled else module._call_impl
+    return whole if compiled and not flops.counting() else module._call_impl
 
 
 @functools.cache

@@ -136,13 +136,13 @@ def policies(run: Run) -> list[Request]:
     run.asked = tick
     later = [line for line in run.journal.lines[run.lines :] if line["tick"] > tick or line["by"] == "replay"]
     heard = not run.node.stage.steering.replay and not any(map(_asked_for, later))  # now: a cut may have come first
-    found = []
-    for method in run.methods.having("act"):
+    asked, found = run.methods.having("act"), []
+    for method in asked:
         do = method.act(run.view)
         if do and heard:
             found.append({"id": f"{tick}-{method.name()}".replace("/", "-"), "by": method.name(), "actor": "policy",
                           "do": do, "why": str(getattr(method, "why", ""))})  # fmt: skip
-    return list(run.engine.world.agree(found)) if run.methods.having("act") else []
+    return list(run.engine.world.agree(found)) if asked else []
 
 
 # -- one request ------------------------------------------------------------------------------------------------------

@@ -57,10 +57,9 @@ def factor(run: Run) -> float:
 
 def dropouts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every dropout of a model, as a module and the attribute that holds its rate."""
-    found = [(m, "p") for m in model.modules() if isinstance(m, nn.Dropout)]
-    return found + [
-        (m, "attention_dropout") for m in model.modules() if isinstance(getattr(m, "attention_dropout", None), float)
-    ]
+    every = list(model.modules())
+    found = [(m, "p") for m in every if isinstance(m, nn.Dropout)]
+    return found + [(m, "attention_dropout") for m in every if isinstance(vars(m).get("attention_dropout"), float)]
 
 
 def _valued(run: Run, trial: Trial, action: Any, place: str) -> None:
