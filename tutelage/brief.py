@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from tutelage.base.errors import UserError, did_you_mean
+from tutelage.core.record import opened
 
 WHOLE = 8_000_000  # bytes: a metrics file up to this size is read whole
 PIECE = 32_768  # bytes read at each place of a larger one
@@ -50,7 +51,7 @@ def evals(folder: Path, *, last: int = 20) -> list[dict[str, Any]]:
     if not path.exists() or not path.stat().st_size:
         return []
     found: list[dict[str, Any]] = []
-    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with opened(path) as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as text:
         end = text.rfind(b"\n") + 1  # a line cut by a crash is left out
         while len(found) < last and (at := text.rfind(_EVAL, 0, end)) >= 0:
             if at == 0 or text[at - 1] == 10:
@@ -100,7 +101,7 @@ def _lines(path: Path, at: int, count: int) -> list[dict[str, Any]]:
     """The whole lines within `count` bytes of a file from byte `at` (from its end, if negative)."""
     if not path.exists():
         return []
-    with open(path, "rb") as handle:
+    with opened(path) as handle:
         size = handle.seek(0, os.SEEK_END)
         at = max(0, size + at) if at < 0 else at
         handle.seek(at)

@@ -43,7 +43,8 @@ def retell(reference: str, *, out: Path, runs: Path, console: Console) -> None:
         lines = read_lines(folder / "journal.jsonl") if folder else []
         notes = _settle(stage, recipe, name, lines)
         acts = actions(lines)
-        acts += [({**act}, "") for act in stage.pop("actions", []) if act["tick"] > max(_ticks(lines), default=-1)]
+        ahead = [act for act in stage.pop("actions", []) if act["tick"] > max(_ticks(lines), default=-1)]
+        acts += [({**act}, "") for act in ahead if f"recipe-{act['tick']}" not in _refused(lines)]
         count += len(acts)
         text += [f"  {name}:", *(f"    # {note}" for note in notes)]
         text += [f"    {line}" for line in _dump(stage)] + (
@@ -102,6 +103,10 @@ def _settle(stage: dict[str, Any], recipe: Recipe, name: str, lines: list[Line])
 
 def _ticks(lines: list[Line]) -> list[int]:
     return [line["tick"] for line in lines if line["by"] != "engine"]
+
+
+def _refused(lines: list[Line]) -> set[str]:
+    return {act["id"] for line in lines if line["by"] == "engine" for act in line["do"] if act["do"] == "refused"}
 
 
 def _dump(tree: dict[str, Any]) -> list[str]:

@@ -24,13 +24,13 @@ import yaml
 
 from tutelage.base.action import parse
 from tutelage.base.errors import UserError
+from tutelage.base.registry import CODE
 from tutelage.core.record import dumps, plain, read_lines, sync
 from tutelage.watching import NAME, StageInfo, controls, find, live, name_of, read, stages
 
 ACTORS = ("person", "agent")
 OURS = ("engine", "recipe", "policy")  # names that nobody outside the trainer signs with
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_CLASS = re.compile(r"(?!stdlib:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _TUTELAGE = (sys.executable, "-m", "tutelage")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _POLL = 0.05  # seconds between two looks for an answer
@@ -269,7 +269,7 @@ def _classes(tree: Any) -> set[str]:
         return {name for value in tree.values() for name in _classes(value)}
     if isinstance(tree, list):
         return {name for value in tree for name in _classes(value)}
-    return {tree} if isinstance(tree, str) and _CLASS.fullmatch(tree) else set()
+    return {tree} if isinstance(tree, str) and CODE.fullmatch(tree) and not tree.startswith("stdlib:") else set()
 
 
 __all__ = [

@@ -23,7 +23,7 @@ from typing import Any
 from tutelage import steering
 from tutelage.base.action import parse
 from tutelage.base.errors import UserError
-from tutelage.core.record import dumps, read_lines, write_whole
+from tutelage.core.record import dumps, opened, read_lines, write_whole
 from tutelage.core.words import number
 from tutelage.watching import read
 
@@ -134,7 +134,7 @@ def tail(path: Path, *, size: int = 1 << 18) -> list[dict[str, Any]]:
     """The last lines of a JSONL file that may be long."""
     if not path.exists():
         return []
-    with open(path, "rb") as handle:
+    with opened(path) as handle:
         handle.seek(0, os.SEEK_END)
         start = max(0, handle.tell() - size)
         handle.seek(start)

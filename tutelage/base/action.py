@@ -247,8 +247,8 @@ TARGETS = {
 
 def target(action: Any) -> str | None:
     """What an action lays hands on: two actors cannot both have it. None for what disturbs nobody."""
-    if action.do in ("set", "scale"):
-        return "optim.lr" if action.path == "optim.base" else str(action.path)
+    if action.do in ("set", "scale"):  # a schedule says which share of the rate is in use
+        return "optim.lr" if action.path == "optim.base" or action.path.startswith("schedule/") else str(action.path)
     return TARGETS.get(action.do)
 
 

@@ -45,6 +45,7 @@ class Span:
         found = _SPAN.fullmatch(text) if isinstance(text, str) else None
         unit = _UNIT.get(found[3].lower()) if found else None
         value = float(found[1]) * _SCALE[found[2]] if found else math.inf
+        value = 0.0 if value < 1e-300 else value  # nothing can be divided by a percent of it
         if not found or not unit or not math.isfinite(value):
             raise UserError(
                 f"'{text}' is not a span: write for example 500step, 20Mtok, 1epoch, 10min, 1e13flop or 10%"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.foreign import explain_foreign
 from tutelage.base.method import Method
 
+CODE = re.compile(
+    r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+)  # code of anybody's, named as `package.module:name`: nothing else is imported
 ROOT = Path(__file__).parent.parent / "methods"
 AXES = (
     "mix", "select", "filter", "curriculum", "condition", "packing", "synth", "objective", "init", "grow", "arch", "param",
@@ -44,6 +48,8 @@ def path_of(name: str) -> Path:
 def module_of(name: str) -> Any:
     """Import the module of `axis/name` or `package.module:Class`."""
     if ":" in name:
+        if not CODE.fullmatch(name):
+            raise UserError(f"'{name}' names no code: write package.module:Class")
         return _import(name.split(":")[0], name)
     path_of(name)
     return importlib.import_module(f"tutelage.methods.{name.replace('/', '.')}")

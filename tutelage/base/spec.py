@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from tutelage.base.clock import Span, SpanField
+from tutelage.base.errors import did_you_mean
 
 
 class Strict(BaseModel):
@@ -190,6 +191,18 @@ class ActorSpec(Strict):
     limits: dict[str, LimitSpec] = Field(default_factory=dict, description="by steerable value")
     budget: int = Field(100, ge=0, description="requests done in this stage")
     approve: list[str] = Field(default_factory=list, description="actions that wait for a person")
+
+    @field_validator("approve")
+    @classmethod
+    def _actions(cls, value: list[str]) -> list[str]:
+        from tutelage.base.action import NAMES  # which reads this module
+
+        for name in value:
+            if name not in NAMES:
+                raise ValueError(f"there is no action '{name}'{did_you_mean(name, NAMES)}")
+            if name == "undo":
+                raise ValueError("an `undo` waits as what it does would: name that (`set`, `rollback`)")
+        return value
 
 
 class AgentSpec(ActorSpec):

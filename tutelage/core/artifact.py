@@ -218,6 +218,16 @@ def states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if (path / "state.json").exists()) if folder.exists() else []
 
 
+def whole(place: Path) -> bool:
+    """Whether a checkpoint can be read, as far as its files' headers tell."""
+    try:
+        for name in json.loads((place / "state.json").read_text(encoding="utf-8"))["files"]:
+            read_header(place / f"{name}.safetensors")
+    except (UserError, OSError, ValueError, LookupError, TypeError):
+        return False
+    return True
+
+
 def load_state(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint whole. UserError when it is damaged."""
     try:

@@ -17,6 +17,8 @@ from tutelage.core.view import View
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
+MOST = 100_000  # measurements of a stage
+
 
 def planned(spec: EvalSpec, total: dict[str, float]) -> list[int]:
     """Steps at which to measure before the end, where it is always done: the start, then log-spaced, then even.
@@ -36,7 +38,12 @@ def planned(spec: EvalSpec, total: dict[str, float]) -> list[int]:
                 f"evals.every: the length of this stage in {span.unit} is not known; write steps, tokens or percent"
             )
         gap = last * span.share if span.unit == "%" else span.value * total["step"] / total[span.unit]
-        steps |= set(range(0, last, max(1, round(gap))))
+        gap = max(1, round(gap))
+        if last > MOST * gap:
+            raise UserError(
+                f"evals.every: {spec.every} would be {last // gap:,} measurements, and {MOST:,} are the most"
+            )
+        steps |= set(range(0, last, gap))
     return sorted(step for step in steps if 0 <= step < last)
 
 

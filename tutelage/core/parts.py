@@ -207,6 +207,8 @@ def mix_weights(run: Run) -> dict[str, float]:
         joined = {name: added["weight"] for name, added in steered.added.items() if name in own}
         rest = (1.0 - sum(joined.values())) / (sum(weights.values()) or 1.0)
         weights = ({name: weight * rest for name, weight in weights.items()} | joined) if joined else weights
+    if not sum(weights.values()):  # what is left after a source was dropped has no share by itself
+        weights = dict.fromkeys(weights, 1.0)
     whole, taken = sum(weights.values()), sum(shares.values())
     if not 0 <= taken < 1 and own:
         raise UserError(f"methods take {taken:.0%} of every batch for their own sources; nothing is left for the data")

@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tutelage.base.errors import UserError
 
@@ -227,11 +227,22 @@ def no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
+def opened(path: Path) -> BinaryIO:
+    """A file of lines; UserError for a link to one."""
+    try:
+        return open(path, "rb", opener=no_link)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path} is a link, which is not followed") from error
+        raise
+
+
 def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     """The rows of a JSONL file; a last line cut by a crash is left out (and removed from the file with `mend`)."""
     if not path.exists():
         return []
-    data = path.read_bytes()
+    with opened(path) as handle:
+        data = handle.read()
     whole = data.rfind(b"\n") + 1
     if mend and whole < len(data):
         os.truncate(path, whole)
@@ -260,7 +271,7 @@ def _lines(path: Path, kind: str | None) -> Iterator[bytes]:
     if not path.exists():
         return
     head, mine = b'{"kind":"', f'{{"kind":"{kind}"'.encode()
-    with open(path, "rb") as handle:
+    with opened(path) as handle:
         for line in handle:
             other = kind is not None and line.startswith(head) and not line.startswith(mine)
             if not other and line.endswith(b"\n") and line.strip():

@@ -17,7 +17,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.links import stage_of
 from tutelage.base.method import Method
 from tutelage.base.spec import SourceSpec
-from tutelage.core import artifact, checkpoint, micro, parts, randomness, shape, standing, steer
+from tutelage.core import acts, artifact, checkpoint, micro, parts, randomness, shape, standing, steer
 from tutelage.core.alerts import Watch
 from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.device import autocast_of, device_of
@@ -30,7 +30,7 @@ from tutelage.core.prefix import prefixed
 from tutelage.core.record import Journal, Metrics, newest_line, read_lines
 from tutelage.core.rules import Rules
 from tutelage.core.shard import World
-from tutelage.core.stream import Source, Stream
+from tutelage.core.stream import Order, Source, Stream
 from tutelage.core.types import Batch
 from tutelage.core.view import Data, View
 
@@ -74,6 +74,7 @@ class Run:
     extra: dict[str, nn.Module] = field(default_factory=dict)  # parts that methods own
     wrapped: dict[str, tuple[nn.Module, Method, nn.Module]] = field(default_factory=dict)  # wrapper, owner, layer
     steered: Steered = field(default_factory=Steered)
+    dropouts: list[float] = field(default_factory=list)  # as the recipe has them, of each module that has some
     parked: dict[str, dict[str, Any]] = field(default_factory=dict)  # optimizer states of what is frozen, by name
     watch: Watch = field(default_factory=Watch)  # what of the steps stands out, for people
     shown: float = -1e9  # when the controls were last written
@@ -89,19 +90,32 @@ class Run:
         return self.view.clock
 
     def totals(self, until: Span) -> dict[str, float]:
-        return totals(self, until)
+        return totals(self, until, known=self.clock.total)
+
+    def next_tick(self) -> None:
+        """No two sets of weights share a tick. Between two steps policies are asked once."""
+        self.clock.tick += 1
+        self.asked = self.clock.tick
 
     def own(self) -> list[str]:
         """The sources that are mixed; the others belong to methods."""
         names = [*self.node.stage.data, *self.steered.added]
         return [name for name in names if name not in self.steered.dropped]
 
+    def opened(self, name: str, spec: SourceSpec) -> tuple[Source, Source]:
+        """What is drawn of a source that joins, and its held-out part. UserError for one that nothing can be drawn from."""
+        corpus = self.corpora.of(name, spec)
+        source = prefixed(name, corpus.train, node=self.node, methods=self.methods, processor=self.processor)
+        whole, parts = self.parts.divided(source)
+        for part in parts.values() or [whole]:
+            Order(part, seed=self.node.seed)
+        return source, corpus.heldout
+
     def open_source(self, name: str) -> None:
         """Draw from a source that an action added, and measure its held-out part."""
-        corpus = self.corpora.of(name, SourceSpec.model_validate(self.steered.added[name]["source"]))
+        source, heldout = self.opened(name, SourceSpec.model_validate(self.steered.added[name]["source"]))
         view = self.view
         if name not in self.sources:
-            source = prefixed(name, corpus.train, node=self.node, methods=self.methods, processor=self.processor)
             found = self.parts.add(source)
             self.sources |= found
             for drawn, order in self.parts.orders(found, seed=self.node.seed, packing=self.packing).items():
@@ -109,7 +123,7 @@ class Run:
         if name not in view.heldout:
             collate = partial(self.modality.collate, length=self.node.stage.length)
             length = self.node.stage.length
-            view.heldout[name] = Data({name: corpus.heldout}, collate, seed=0, length=length, packing=self.packing)
+            view.heldout[name] = Data({name: heldout}, collate, seed=0, length=length, packing=self.packing)
 
     def epochs(self) -> float:
         """Passes over the largest source that has been drawn from."""
@@ -288,19 +302,20 @@ def build(node: Node, *, world: World, say: Say) -> Run:
         run.steered = Steered(**saved[1]["steered"])
         for name in run.steered.added:
             run.open_source(name)
+    view.clock.total = totals(run, stage.until)
+    evaluation(run)
     steer.check_planned(run)
     if base.packing != stage.packing and base.packing == "single" and not run.journal.engine("packing"):
         note = [{"do": "packing", "rule": "single"}]
         run.journal.append(tick=0, by="engine", do=note, write=world.rank == 0)
-    view.clock.total = totals(run, stage.until)
     view.length, view.tokens = stage.length, run.rows * stage.length
     if methods.slots["curriculum"]:
         engine.length = stage.length
     shape.begin(run, saved)
     shape.wrap(run)
     shape.optimizer(run)
-    evaluation(run)
     micro.begin(run)
+    run.dropouts = [getattr(module, name) for module, name in acts.dropouts(engine.model)]
     checkpoint.restore(run, saved)
     steer.prepare(run)
     run.rules = Rules(run)
@@ -399,8 +414,8 @@ def last_line(node: Node, *, kind: str) -> dict[str, Any]:
     return newest_line(node.artifact / "metrics.jsonl", kind=kind)
 
 
-def totals(run: Run, until: Span) -> dict[str, float]:
-    """How far the stage goes, in its own unit first, then what is known of the others.
+def totals(run: Run, until: Span, *, known: dict[str, float] | None = None) -> dict[str, float]:
+    """How far the stage goes, in its own unit first, then what is known of the others (`known`: of a running stage).
 
     Minutes are counted in steps once a few steps have been timed; a percent span is one of the largest source.
     """
@@ -411,13 +426,15 @@ def totals(run: Run, until: Span) -> dict[str, float]:
     per_step = {"step": 1.0, "tok": tokens_step, "sample": float(run.rows)}
     if epoch:
         per_step["epoch"] = tokens_step / epoch
+    if known and "flop" in known and known.get("step"):  # once it was counted what a step takes
+        per_step["flop"] = known["flop"] / known["step"]
     unit, value = until.unit, until.value
     if unit == "%":
         unit, value = "epoch", until.share
     if unit == "min":
         steps = float(UNKNOWN)  # until the engine has timed a step and says how many
         return {"step": steps, **{u: steps * per_step[u] for u in per_step if u != "step"}}
-    if unit == "flop":
+    if unit == "flop" and "flop" not in per_step:
         return {"flop": value}
     steps = value / per_step[unit]
     return {unit: value, **{u: steps * per_step[u] for u in per_step if u != unit}}

@@ -5,6 +5,7 @@ All of it follows from the journal, line by line, so that it is the same after a
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ class Change:
     actor: str
     path: str
     was: float
+    by: float = 1.0  # of the rate: what a change of the schedule made of it, besides
 
 
 @dataclass
@@ -88,9 +90,9 @@ class Standing:
         if entry["do"] == "applied":
             self.done[entry["id"]] = {**entry, "tick": line["tick"]}
             for effect in entry["effects"]:
-                for change in effect.get("changes", [])[:1]:
-                    if isinstance(change.get("was"), (int, float)):
-                        self.changes.append(Change(line["tick"], entry["actor"], change["what"], float(change["was"])))
+                for change in effect.get("changes", []):
+                    for path, was, _, by in _moved(change):
+                        self.changes.append(Change(line["tick"], entry["actor"], path, was, by))
         elif entry["do"] == "waiting":
             self.waiting[entry["id"]] = entry["request"]
         elif entry["do"] in ("refused", "failed"):
@@ -164,26 +166,34 @@ class Standing:
 
     def _within(self, effect: dict[str, Any], rules: ActorSpec, *, actor: str, tick: int) -> None:
         """The factor on a value over the last steps stays within the actor's limits."""
-        path = "optim.lr" if effect.get("path") == "optim.base" else effect.get("path")
-        limit = rules.limits.get(str(path))
-        if limit is None or not effect.get("changes"):
-            return
-        window = int(limit.per.value)
-        same = [c for c in self.changes if c.path in (path, "optim.base" if path == "optim.lr" else path)]
-        recent = [c for c in same if c.tick > tick - window and c.actor == actor]
-        was, now = (recent[0].was if recent else effect["changes"][0]["was"]), effect["changes"][0]["now"]
-        low, high = limit.by
-        if not (isinstance(was, (int, float)) and isinstance(now, (int, float))):
-            return
-        if not low * was - 1e-12 * abs(was) <= now <= high * was + 1e-12 * abs(was):
-            raise UserError(
-                f"{path} from {was:g} to {now:g} leaves ×[{low:g}, {high:g}] per {window} steps (steering.{actor}.limits)"
-            )
+        for path, was, now, by in (moved for change in effect.get("changes", [])[:1] for moved in _moved(change)):
+            limit = rules.limits.get(path)
+            if limit is None:
+                continue
+            window = int(limit.per.value)
+            recent = [c for c in self.changes if c.path == path and c.tick > tick - window and c.actor == actor]
+            was = recent[0].was if recent else was
+            now *= math.prod([by, *(c.by for c in recent)])
+            low, high = limit.by
+            if not low * was - 1e-12 * abs(was) <= now <= high * was + 1e-12 * abs(was):
+                raise UserError(
+                    f"{path} from {was:g} to {now:g} leaves ×[{low:g}, {high:g}] per {window} steps (steering.{actor}.limits)"
+                )
+
+
+def _moved(change: dict[str, Any]) -> list[tuple[str, float, float, float]]:
+    """What a change moves that is a number: path, before, after, and what becomes of the rate in use besides."""
+    found, was, now = [], change.get("was"), change.get("now")
+    if isinstance(was, (int, float)) and isinstance(now, (int, float)):
+        found.append((str(change["what"]), float(was), float(now), 1.0))
+    if "rate" in change:  # of a schedule
+        found.append(("optim.lr", float(change["base"]), float(change["base"]), float(change["rate"])))
+    return found
 
 
 def _as(act: Action, effect: dict[str, Any]) -> str:
-    """What an action amounts to: an end put forward, or told in a unit that cannot be compared, ends the stage."""
+    """What an action amounts to: an end put forward ends the stage."""
     if act.do != "extend":
         return act.do
     change = effect["changes"][0]
-    return "end_stage" if act.until.unit == "flop" or change["now"] < change["was"] else act.do
+    return "end_stage" if change["now"] < change["was"] else act.do

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.base.action import CHANGES, RANK, Action, parse
-from tutelage.base.errors import UserError
+from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import acts, artifact, checkpoint, controls
 from tutelage.core.acts import Trial
 from tutelage.core.record import dumps, plain, write_whole
@@ -58,6 +58,8 @@ def turn(run: Run, stop: Callable[[], int] = lambda: 0) -> int:
         wanted = []
         for request in sorted(requests, key=lambda r: RANK[r["actor"]]):
             decide(run, request)
+        while planned(run):  # a way back may have moved the tick
+            pass
         stopped = run.standing.stopped_at(run.clock.tick)
         if stopped and not paused:
             run.say({"note": "paused: `tutelage steer` … resume goes on"})
@@ -97,31 +99,43 @@ def _asked_for(line: dict[str, Any]) -> bool:
 
 
 def planned(run: Run) -> bool:
-    """The recipe's actions of this tick, once. Whether there were any: they may have moved the tick."""
+    """The recipe's actions of this tick, once. Whether there were any: they may have moved the tick.
+
+    What cannot be done is an error of the recipe's, unless somebody has steered the stage: then it is refused, in writing.
+    """
     tick = run.clock.tick
     mine = [act for act in run.node.stage.actions if act.get("tick") == tick]
-    if not mine or any(line["by"] == "recipe" and line["tick"] == tick for line in run.journal.lines):
+    if (
+        not mine
+        or f"recipe-{tick}" in run.standing.done
+        or any(line["by"] == "recipe" and line["tick"] == tick for line in run.journal.lines)
+    ):
         return False
     place = f"stages.{run.node.name}.actions"
     why = "; ".join(str(act["why"]) for act in mine if act.get("why"))
     do = [{k: v for k, v in act.items() if k not in ("tick", "why")} for act in mine]
     request = {"id": f"recipe-{tick}", "by": "recipe", "actor": "recipe", "do": do, "why": why}
-    actions = checked(run, request, place)
+    try:
+        actions = checked(run, request, place)
+    except UserError as error:
+        if not {"person", "agent", "policy"} & set(run.standing.counts):
+            raise
+        engine_line(run, {"do": "refused", "id": request["id"], "request": request, "why": str(error)})
+        run.say({"warning": f"{error}; the stage was steered, and goes on without it"})
+        return False
     carry_out(run, written(run, request, actions), actions)
     return run.clock.tick != tick
 
 
 def policies(run: Run) -> list[Request]:
-    """What policies ask for after the last step; they are asked once a tick.
-
-    Up to the journal's last line, and in a replay, they only follow: what they did stands there.
-    """
+    """What policies ask for after the last step, once a tick. Before the journal's last tick, and in a replay, they only
+    follow: what they did stands there, and nothing of it is done twice."""
     tick = run.clock.tick
     if run.asked >= tick:
         return []
     run.asked = tick
-    ahead = any(map(_asked_for, run.journal.lines[run.lines :]))
-    heard = not ahead and not run.node.stage.steering.replay
+    later = [line for line in run.journal.lines[run.lines :] if line["tick"] > tick or line["by"] == "replay"]
+    heard = not run.node.stage.steering.replay and not any(map(_asked_for, later))  # now: a cut may have come first
     asked, found = run.methods.having("act"), []
     for method in asked:
         do = method.act(run.view)
@@ -144,8 +158,7 @@ def decide(run: Run, request: Request) -> None:
         return answer(run, kept, state="waiting", tick=run.clock.tick, error="it waits for a person")
     place = f"request {request['id']}"
     try:
-        if not request.get("dry"):
-            standing.admit(_parsed(request, place), actor=request["actor"], approved=bool(request.get("approved")))
+        standing.admit(_parsed(request, place), actor=request["actor"], approved=bool(request.get("approved")))
         actions = checked(run, request, place)
         if request.get("dry"):
             effects = [acts.effect(run, action) for action in actions]
@@ -156,9 +169,10 @@ def decide(run: Run, request: Request) -> None:
             plain_acts, effects, actor=request["actor"], tick=run.clock.tick, approved=bool(request.get("approved"))
         )
     except Waits as wait:
-        if not request.get("dry"):
-            kept = {key: request[key] for key in ("by", "actor", "do", "why")}
-            engine_line(run, {"do": "waiting", "id": request["id"], "request": kept, "why": str(wait)})
+        if request.get("dry"):  # it asks for nothing that could wait
+            return answer(run, request, state="refused", tick=run.clock.tick, error=str(wait))
+        kept = {key: request[key] for key in ("by", "actor", "do", "why")}
+        engine_line(run, {"do": "waiting", "id": request["id"], "request": kept, "why": str(wait)})
         return answer(run, request, state="waiting", tick=run.clock.tick, error=str(wait))
     except UserError as error:
         text = str(error).removeprefix(f"{place}: ")
@@ -200,18 +214,18 @@ def _hold_back(run: Run, actions: list[Action]) -> None:
 
 def checked(run: Run, request: Request, place: str) -> list[Action]:
     """The request's actions, resolved; UserError when one of them cannot be done, on this rank or another."""
-    trial, found, wrong = Trial.of(run), [], None
-    try:
-        for parsed in _parsed(request, place):
-            action = acts.check(run, parsed, trial, place)
-            acts.effect(run, action)  # so that it cannot fail when it is done
-            found.append(action)
-    except UserError as error:
-        wrong = error
-    except Exception as error:  # whatever a client asks for must not end the run
-        wrong = UserError(f"{place}: {type(error).__name__}: {error}")
-    if run.engine.world.largest(int(wrong is not None)):
-        raise wrong or UserError(f"{place}: another rank cannot do it")
+    trial, found = Trial.of(run), []
+    for parsed in _parsed(request, place):
+        wrong = None
+        try:
+            found.append(acts.check(run, parsed, trial, place))
+            acts.effect(run, found[-1])  # so that it cannot fail when it is done
+        except UserError as error:
+            wrong = error
+        except Exception as error:  # whatever a client asks for must not end the run
+            wrong = UserError(f"{place}: {type(error).__name__}: {error}")
+        if run.engine.world.largest(int(wrong is not None)):  # before the next one, about which ranks speak, too
+            raise wrong or UserError(f"{place}: another rank cannot do it")
     return found
 
 
@@ -241,6 +255,7 @@ def carry_out(
             told = acts.effect(run, action)
             undo += told.pop("undo", [])
             effects.append({**told, **acts.apply(run, action)})
+        acts.in_use(run, effects)
     except Exception as error:  # a fault of ours: this process ends, but the next one must not meet it again
         if write:
             engine_line(run, {"do": "failed", "id": line["id"], "why": f"{type(error).__name__}: {error}"}, tick=tick)
@@ -398,7 +413,13 @@ def close(run: Run) -> None:
 
 
 def check_planned(run: Run) -> None:
-    """UserError now, not at its tick, for an action of the recipe that is misspelled or has no tick."""
+    """UserError now, not at its tick, for an action of the recipe that is misspelled or has no tick, and for a limit on
+    what nobody can set."""
+    known = {*acts.OWN, *acts.steerable(run)} - {"optim.base"}
+    for actor in ("agent", "policy"):
+        for path in set(getattr(run.node.stage.steering, actor).limits) - known:
+            place = f"stages.{run.node.name}.steering.{actor}.limits"
+            raise UserError(f"{place}: nothing here can be steered as '{path}'{did_you_mean(path, known)}")
     for i, act in enumerate(run.node.stage.actions):
         place = f"stages.{run.node.name}.actions.{i}"
         if not isinstance(act.get("tick"), int) or act["tick"] < 0:

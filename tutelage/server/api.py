@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket
 import tutelage
 from tutelage import steering, watching
 from tutelage.base.errors import UserError
-from tutelage.core.record import plain
+from tutelage.core.record import no_link, plain
 from tutelage.server import live
 from tutelage.server.auth import address_of
 from tutelage.server.desk import COUNT, WAIT, Desk, Missing
@@ -261,7 +261,7 @@ def _named(info: steering.StageInfo) -> dict[str, Any]:
 def _last(path: Path) -> dict[str, Any]:
     """The last step in a metrics file, looked for near its end only."""
     try:
-        with open(path, "rb") as handle:
+        with open(path, "rb", opener=no_link) as handle:
             handle.seek(max(0, path.stat().st_size - 65_536))
             lines = handle.read().split(b"\n")[:-1]
     except OSError:

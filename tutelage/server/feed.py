@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 
 from tutelage.base.errors import UserError
-from tutelage.core.record import plain
+from tutelage.core.record import dumps, plain
 from tutelage.server.columns import Part
 from tutelage.server.table import CHECK, Table, ending, preview, whole_lines
 from tutelage.steering import controls
@@ -333,4 +333,7 @@ def _among(name: str, wanted: Sequence[str]) -> bool:
 
 def said(message: Any) -> bytes:
     """JSON; NaN and infinity have become strings before."""
-    return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+    try:
+        return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # a whole number that 64 bits do not hold, which somebody may have asked for
+        return dumps(message).encode()

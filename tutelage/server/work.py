@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from tutelage.base.errors import UserError
+from tutelage.core.record import dumps
 
 SIDE = 2  # jobs side by side
 NICE = 5  # training on the same machine comes first
@@ -36,7 +37,7 @@ class Jobs:
 
     async def run(self, job: dict[str, Any], *, seconds: float, kept: bool = False) -> Any:
         """The job's result. UserError for what it refused, for one that took too long, and when the server stops."""
-        key = orjson.dumps(job, option=orjson.OPT_SORT_KEYS)
+        key = dumps(job).encode()
         before = self._known.get(key)
         if kept and before and time.monotonic() - before[0] < self.keep:
             return before[1]
@@ -154,8 +155,6 @@ _DOES: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    from tutelage.core.record import dumps
-
     job = json.load(sys.stdin)
     if job["do"] != "branch":  # what that starts is training itself
         os.nice(NICE)

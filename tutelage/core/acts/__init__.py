@@ -13,14 +13,16 @@ from tutelage.base.action import Action, parse
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core.acts import course, data, modules, values
 from tutelage.core.acts.trial import Trial
-from tutelage.core.acts.values import OWN, base_rate, factor, plain, settle, steerable, value
+from tutelage.core.acts.values import OWN, base_rate, dropouts, factor, in_use, plain, settle, steerable, value
 from tutelage.core.measure import measure
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
-__all__ = ["OWN", "Trial", "apply", "base_rate", "check", "effect", "factor", "plain", "settle", "steerable", "unfolded",
-           "value"]  # fmt: skip
+__all__ = [
+    "OWN", "Trial", "apply", "base_rate", "check", "dropouts", "effect", "factor", "in_use", "plain", "settle", "steerable",
+    "unfolded", "value",
+]  # fmt: skip
 
 
 def _eval(run: Run, action: Any) -> dict[str, Any]:
@@ -98,9 +100,10 @@ def _anything(run: Run, trial: Trial, action: Any, place: str) -> None:
 
 
 def _answering(run: Run, trial: Trial, action: Any, place: str) -> None:
-    waiting = run.standing.waiting
+    waiting = [name for name in run.standing.waiting if name not in trial.answered]
     if action.id not in waiting:
         raise UserError(f"{place}: nothing waits under '{action.id}'{did_you_mean(action.id, waiting)}")
+    trial.answered.add(action.id)
 
 
 def _silent(run: Run, action: Any) -> dict[str, Any]:

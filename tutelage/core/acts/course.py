@@ -9,6 +9,7 @@ from tutelage.base.errors import UserError
 from tutelage.core import artifact, checkpoint
 from tutelage.core.acts.trial import Trial
 from tutelage.core.acts.values import plain, value
+from tutelage.core.pace import UNKNOWN
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
@@ -17,22 +18,21 @@ if TYPE_CHECKING:
 def _extended(run: Run, trial: Trial, action: Any, place: str) -> None:
     if action.until.unit == "min":
         raise UserError(f"{place}: `extend` in minutes would not replay; write steps, tokens or percent")
+    if action.until.unit == "flop" and "flop" not in run.clock.total:
+        raise UserError(f"{place}: how many steps {action.until} are is not known here; write steps, tokens or percent")
     new = run.totals(action.until)
     unit = next(iter(new))
     if new[unit] <= run.clock.count(unit):
         raise UserError(f"{place}: {action.until} is over already; `end_stage` ends the stage now")
-    _scheduled(run, new, place)
-    trial.clock.total = new
+    _ends(run, trial, new, place)
 
 
-def _scheduled(run: Run, total: dict[str, float], place: str) -> None:
-    """UserError where the schedule cannot tell the rate with such an end."""
-    clock = run.clock.copy()
-    clock.total = total
-    try:
-        run.methods.slots["schedule"].factor(clock)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+def _ends(run: Run, trial: Trial, total: dict[str, float], place: str) -> None:
+    """UserError for an end with which something could not be told."""
+    if total.get("step", 0) >= UNKNOWN:
+        raise UserError(f"{place}: a stage has fewer than {UNKNOWN:,} steps")
+    trial.clock.total = total
+    trial.told(run, place)
 
 
 def _total_effect(run: Run, new: dict[str, float]) -> dict[str, Any]:
@@ -65,8 +65,7 @@ def _ended(run: Run, trial: Trial, action: Any, place: str) -> None:
         )
     if action.decay and not action.after.value:
         raise UserError(f"{place}: say how long the fall takes: `after: 10%`")
-    _scheduled(run, _ending(run, action), place)
-    trial.clock.total = _ending(run, action)
+    _ends(run, trial, _ending(run, action), place)
 
 
 def _after(run: Run, action: Any) -> Span:
@@ -105,8 +104,9 @@ def _end(run: Run, action: Any) -> None:
 
 
 def saved_at(run: Run, to: Any, place: str) -> int:
-    """The tick of the newest save at or before `to`; rank 0's disk decides."""
-    found = [int(path.name) for path in artifact.states(run.folder / "state")] if not run.engine.world.rank else []
+    """The tick of the newest save at or before `to` that can be read; rank 0's disk decides."""
+    saves = artifact.states(run.folder / "state") if not run.engine.world.rank else []
+    found = [int(path.name) for path in saves if artifact.whole(path)]
     ticks = list(run.engine.world.agree(found))
     before = [tick for tick in ticks if to == "last" or tick <= to]
     if not before:
@@ -136,7 +136,7 @@ def _rollback(run: Run, action: Any) -> None:
         )  # a resumed stage goes back to it once more
     checkpoint.roll_back(run, tick=action.to, skip=action.skip)
     run.unsound = False
-    run.clock.tick += 1  # no two sets of weights share a tick
+    run.next_tick()
 
 
 def _branched(run: Run, trial: Trial, action: Any, place: str) -> None:

@@ -47,11 +47,10 @@ def _added(run: Run, trial: Trial, action: Any, place: str) -> None:
         raise UserError(
             f"{place}: `add_source` takes a path, hub or generator; a stage's rows are {{path: …/rows.jsonl}}"
         )
-    if sum(spec["weight"] for spec in run.steered.added.values()) + action.weight >= 1:
+    if sum(trial.added.values()) + action.weight >= 1:
         raise UserError(f"{place}: the sources that were added would take the whole mixture")
-    found = run.corpora.of(action.name, action.source)  # read and divided now, so that what is wrong is told now
-    run.parts.divided(found.train)
-    trial.added.add(action.name)
+    run.opened(action.name, action.source)  # read, divided and put in order now, so that what is wrong is told now
+    trial.added[action.name] = action.weight
 
 
 def _added_effect(run: Run, action: Any) -> dict[str, Any]:

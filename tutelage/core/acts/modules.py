@@ -21,6 +21,15 @@ def matched(run: Run, patterns: list[str], place: str) -> set[str]:
     return found
 
 
+def _plain(run: Run, patterns: list[str], place: str) -> set[str]:
+    """The same; UserError where one of them is held in four bits."""
+    found = matched(run, patterns, place)
+    packed = sorted(name for name in found if not run.engine.model.get_parameter(name).is_floating_point())
+    if packed:
+        raise UserError(f"{place}: {packed[0]} is held in four bits, which are not trained")
+    return found
+
+
 def _froze(run: Run, trial: Trial, action: Any, place: str) -> None:
     left = trial.trained - matched(run, action.modules, place)
     if not left:
@@ -29,7 +38,7 @@ def _froze(run: Run, trial: Trial, action: Any, place: str) -> None:
 
 
 def _unfroze(run: Run, trial: Trial, action: Any, place: str) -> None:
-    asked = matched(run, action.modules, place)
+    asked = _plain(run, action.modules, place)
     inside, parts = set(), set()
     for layer, (wrapper, method, _) in run.wrapped.items():
         names = [name for name, _ in wrapper.named_parameters()]
@@ -61,7 +70,7 @@ def _freeze(run: Run, action: Any) -> None:
 
 
 def _resettable(run: Run, trial: Trial, action: Any, place: str) -> None:
-    matched(run, action.modules, place)
+    _plain(run, action.modules, place)
     if run.wrapped:
         raise UserError(
             f"{place}: a wrapped model ({run.methods.having('wrap')[0].name()}) has no fresh weights to go back to"
@@ -80,7 +89,7 @@ def _reset(run: Run, action: Any) -> None:
     config = run.engine.model.config.to_dict()
     fresh = run.modality.model(None, config, processor=run.processor, length=run.node.stage.length)
     shape.overwrite(run, {name: p.detach() for name, p in fresh.named_parameters() if name in names})
-    run.clock.tick += 1  # no two sets of weights share a tick
+    run.next_tick()
 
 
 ACTS = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tutelage.base.clock import Clock
+from tutelage.base.clock import Clock, Span
+from tutelage.base.errors import UserError
 from tutelage.base.method import Method
+from tutelage.core.measure import planned
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
@@ -17,18 +19,19 @@ class Trial:
     """What a request's earlier actions would already have changed when its later ones are checked."""
 
     methods: dict[str, Method]
-    added: set[str] = field(default_factory=set)
+    added: dict[str, float] = field(default_factory=dict)  # sources that joined, with their weights
     dropped: set[str] = field(default_factory=set)
     mix: dict[str, float] | None = None
     trained: set[str] = field(default_factory=set)  # parameters, by name
     clock: Clock = field(default_factory=Clock)
+    answered: set[str] = field(default_factory=set)  # of what waits for a person
 
     @staticmethod
     def of(run: Run) -> Trial:
         steered = run.steered
         return Trial(
             {m.name(): m.model_copy() for m in run.methods.all()},
-            set(steered.added),
+            {name: added["weight"] for name, added in steered.added.items()},
             set(steered.dropped),
             steered.mix,
             set(run.engine.params),
@@ -38,6 +41,18 @@ class Trial:
     def factor(self, run: Run) -> float:
         """The schedule's share of the base rate, as it would be then."""
         return float(self.methods[run.methods.slots["schedule"].name()].factor(self.clock))
+
+    def told(self, run: Run, place: str) -> None:
+        """UserError where the rate, a span before the end or the measurements could not be told then."""
+        try:
+            self.factor(run)
+            for method in self.methods.values():
+                for span in (getattr(method, name) for name in method.steerable):
+                    if isinstance(span, Span):
+                        self.clock.left(span)
+            planned(run.evals.spec, self.clock.total)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
 
     def own(self, run: Run) -> list[str]:
         names = [*run.node.stage.data, *self.added]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ def _valued(run: Run, trial: Trial, action: Any, place: str) -> None:
         return
     now = value(run, action.path)
     new = action.to if action.do == "set" else now * action.by
+    if new is None and action.path == "model.dropout":
+        return
     if not isinstance(new, (int, float)):
         raise UserError(f"{place}: {action.path} is a number (got {new!r})")
     low, high = {"engine.clip": (1e-12, 1e12), "model.dropout": (0.0, 1 - 1e-9)}.get(action.path, (0.0, 1e6))
@@ -84,6 +87,8 @@ def _try(run: Run, trial: Trial, action: Any, place: str) -> None:
     name, _, key = action.path.rpartition(".")
     try:
         put(trial.methods[name], key, action)
+        if getattr(trial.methods[name], key) == math.inf:
+            raise UserError(f"{place}: {action.path}: no number is so large")
     except ValidationError as error:
         raise UserError(f"{place}: {action.path}: {error.errors()[0]['msg']}") from error
     except TypeError as error:
@@ -93,6 +98,7 @@ def _try(run: Run, trial: Trial, action: Any, place: str) -> None:
     )
     if not taken < 1:
         raise UserError(f"{place}: {action.path}: methods would take {taken:.0%} of every batch, and nothing is left")
+    trial.told(run, place)
 
 
 def put(method: Method, key: str, action: Any) -> None:
@@ -117,12 +123,31 @@ def _value_effect(run: Run, action: Any) -> dict[str, Any]:
         return {**said, "changes": changes, "undo": [{"do": "set", "path": "optim.base", "to": base}]}
     if action.path in OWN:
         new = action.to if action.do == "set" else now * action.by
-        return {**said, "changes": [{"what": action.path, "was": now, "now": new, "used": new}]}
+        shown = "as the recipe has it" if new is None else new
+        if action.path == "model.dropout" and action.path not in run.steered.values:  # modules may differ in it
+            said["undo"] = [{"do": "set", "path": action.path, "to": None}]
+        return {**said, "changes": [{"what": action.path, "was": now, "now": shown, "used": shown}]}
     name, _, key = action.path.rpartition(".")
     copy = next(m for m in run.methods.all() if m.name() == name).model_copy()
     put(copy, key, action)
     new = plain(getattr(copy, key))
-    return {**said, "changes": [{"what": action.path, "was": now, "now": new, "used": new}]}
+    change = {"what": action.path, "was": now, "now": new, "used": new}
+    if "factor" in copy.hooks():
+        before, after = factor(run), copy.factor(run.clock)
+        change |= {"base": base_rate(run.engine.optimizer), "rate": _times(before, after)}
+    return {**said, "changes": [change]}
+
+
+def _times(before: float, after: float) -> float:
+    """The factor between two numbers."""
+    return after / before if before else 1.0 if after == before else math.inf
+
+
+def in_use(run: Run, effects: list[dict[str, Any]]) -> None:
+    """Say of rates what the next step uses, once all of a request is done: what followed may have moved the schedule."""
+    for change in (change for effect in effects for change in effect.get("changes", [])):
+        if change["what"] == "optim.lr":
+            change["used"] = change["now"] * factor(run)
 
 
 def plain(value: Any) -> Any:
@@ -145,7 +170,8 @@ def _assign(run: Run, action: Any) -> None:
         return
     if action.path in OWN:
         new_value = action.to if action.do == "set" else value(run, action.path) * action.by
-        run.steered.values[action.path] = float(new_value)
+        run.steered.values.pop(action.path, None)
+        run.steered.values |= {} if new_value is None else {action.path: float(new_value)}
         settle(run)
         return
     name, _, key = action.path.rpartition(".")
@@ -163,8 +189,8 @@ def settle(run: Run) -> None:
     values = run.steered.values
     if "engine.clip" in values:
         run.engine.clip = values["engine.clip"]
-    for module, attribute in dropouts(run.engine.model) if "model.dropout" in values else ():
-        setattr(module, attribute, values["model.dropout"])
+    for (module, attribute), own in zip(dropouts(run.engine.model), run.dropouts, strict=True):
+        setattr(module, attribute, values.get("model.dropout", own))
 
 
 ACTS = {"set": (_valued, _value_effect, _assign), "scale": (_valued, _value_effect, _assign)}

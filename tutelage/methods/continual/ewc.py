@@ -54,6 +54,8 @@ class EWC(Method):
         """strength / 2 · Σ F (θ − θ*)²."""
         anchor, fisher = self.state["anchor"], self.state["fisher"]
         terms = [(fisher[name] * (p - anchor[name]).square()).sum() for name, p in params.items() if name in anchor]
+        if not terms and view.clock.step:  # all that it holds was frozen meanwhile
+            return torch.zeros(())
         if not terms:
             raise UserError("continual/ewc holds weights that this stage does not train: leave the wrapper or it out")
         return self.strength / 2 * torch.stack(terms).sum()

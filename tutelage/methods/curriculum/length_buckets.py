@@ -31,7 +31,9 @@ class LengthBuckets(Method):
     odds: Literal["uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_p100"] = Field(
         "grow_p2", description="how much likelier each length is than the longest, its share of the data apart"
     )
-    cycles: int = Field(8, ge=1, description="times that the stage goes through all lengths, each time by these odds")
+    cycles: int = Field(
+        8, ge=1, le=10_000, description="times that the stage goes through all lengths, each time by these odds"
+    )
 
     no_off = "leave the slot out instead"
     baseline = {}

@@ -43,9 +43,11 @@ class Bandit(Method):
         Span(5.0, "%"), description="length of a round, after which our own signals are asked again"
     )
     window: int = Field(3, ge=1, description="newest values of a source's signal that count: rounds, or steps")
-    explore: float = Field(1.0, ge=0, description="weight of the bonus for sources seldom drawn; 1 in the paper")
+    explore: float = Field(
+        1.0, ge=0, le=1e6, description="weight of the bonus for sources seldom drawn; 1 in the paper"
+    )
     temperature: float = Field(
-        0.1, gt=0, description="how even the shares are; 0.1 in the paper, large draws all alike"
+        0.1, ge=1e-6, description="how even the shares are; 0.1 in the paper, large draws all alike"
     )
     passages: int = Field(64, ge=1, description="held-out rows of each source that a signal is taken on")
 

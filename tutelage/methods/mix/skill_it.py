@@ -33,7 +33,9 @@ Graph = dict[str, dict[str, float]]
 
 
 class SkillIt(Method):
-    eta: float = Field(0.5, ge=0, description="how strongly shares follow influence times loss; 0 draws all alike")
+    eta: float = Field(
+        0.5, ge=0, le=1e6, description="how strongly shares follow influence times loss; 0 draws all alike"
+    )
     every: SpanField = Field(Span(10.0, "%"), description="length of a round, after which losses are asked again")
     window: int = Field(3, ge=1, description="rounds whose losses add up")
     pilot: int = Field(

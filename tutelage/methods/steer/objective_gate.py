@@ -69,9 +69,8 @@ class ObjectiveGate(Policy):
         self.state["before"] = min(start, loss)
         if loss > self.state["before"] * (1 + self.spike):
             return self._switch(0.0, f"the loss rose from {self.state['before']:.4g} to {loss:.4g}")
-        found = self._smoothed(
-            "entropy", view.signals.get("aux/steer/objective_gate", 0.0) / (self.strength * self.phase)
-        )
+        weight = self.strength * self.phase or 1.0  # their product may be too small for a number
+        found = self._smoothed("entropy", view.signals.get("aux/steer/objective_gate", 0.0) / weight)
         stands = self._stands("entropy", found, self.compressing)
         return self._switch(0.0, f"the entropy stands at {found:.4g}") if stands else []
 

@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 
 from tutelage.base.errors import UserError, did_you_mean
+from tutelage.base.registry import CODE
 from tutelage.base.spec import SourceSpec
 from tutelage.core.record import disk_errors, sync
 from tutelage.modalities.text import read
@@ -183,7 +184,7 @@ def _data_set(name: str, args: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _generated(use: str, args: dict[str, Any]) -> Iterable[dict[str, Any]]:
     module, _, name = use.partition(":")
-    if not name:
+    if not CODE.fullmatch(use):
         raise UserError(f"use: {use}: write the generator as package.module:Class")
     try:
         found = importlib.import_module(module)
