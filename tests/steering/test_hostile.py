@@ -144,9 +144,9 @@ def test_a_folder_is_listed_when_it_changed_and_once_in_a_while_and_no_request_i
     (place / "a.json").touch()
     assert listed(now=100, changed=90) and not listed(now=100.1, changed=90)
     assert listed(now=100.2, changed=100.2)
-    assert listed(now=100.3, changed=100.2)  # another may have come within one tick of the disk's clock
-    assert listed(now=102, changed=100.2) and not listed(now=102.1, changed=100.2)
-    assert listed(now=104, changed=100.2)  # nobody knows how late a disk elsewhere tells of its times
+    assert listed(now=100.25, changed=100.2)  # another may have come within one tick of the disk's clock
+    assert listed(now=100.31, changed=100.2) and not listed(now=100.4, changed=100.2)
+    assert listed(now=101.4, changed=100.2)  # nobody knows how late a disk elsewhere tells of its times
     place.rename(tmp_path / "old")
     place.mkdir()
     (place / "a.json").touch()

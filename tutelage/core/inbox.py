@@ -7,7 +7,8 @@ import os
 import time
 from pathlib import Path
 
-SURE = 1_000_000_000  # nanoseconds after which a folder's time stands for one change, and for which that is believed
+# in nanoseconds: after which a folder's time stands for one change, and for which that is believed
+OLD, SURE = 100_000_000, 1_000_000_000
 
 
 class Inbox:
@@ -46,7 +47,7 @@ class Inbox:
         with contextlib.suppress(OSError):
             self.handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         self.changed = os.fstat(self.handle).st_mtime_ns if self.handle is not None else now
-        self.listed = now if now - self.changed > SURE else 0
+        self.listed = now if now - self.changed > OLD else 0
         return False
 
     def close(self) -> None:
