@@ -9,7 +9,8 @@ By turns (bench/turns.py), at steps of about 20 ms on one thread. A turn is abou
     all         all of it
 
 Two figures. `within`: the share of a run's step time that passes inside `steer.turn`, which is all that steering adds to the
-loop, policies included; it is measured in the run itself and hardly knows how fast the machine is just then. And the
+loop, policies included; it is measured in the run itself and hardly knows how fast the machine is just then. Turns in which a
+request is carried out are counted apart, by the milliseconds that each takes. And the
 ratio of step times to those of the run without, which would see what is not in there (a viewer's reads), but within a few
 percent only: so much one process differs from the next.
 
@@ -42,9 +43,8 @@ from tutelage.steering import send
 
 STEPS = 50  # of a turn
 NOTE, LOOK = b"n", b"l"
-WITHIN: dict[
-    str, Any
-] = {}  # by system, shared with its processes: seconds inside `steer.turn`, and seconds of all steps
+# By system, shared with its processes: seconds of idle turns, of all steps, of turns with requests; how many these were.
+WITHIN: dict[str, Any] = {}
 
 
 class Watcher(Method):
@@ -90,10 +90,13 @@ def steered(folder: Path, turn: Turn, *, steering: bool = True, policy: bool = F
     usual, count = steer.turn, 0
 
     def timed(run: Any, stop: Callable[[], int] = lambda: 0) -> int:
-        begun = time.perf_counter()
+        begun, known = time.perf_counter(), len(run.journal.lines)
         asked = usual(run, stop)
+        took, busy = time.perf_counter() - begun, len(run.journal.lines) > known
         if spent:
-            spent[0] += time.perf_counter() - begun
+            spent[0] += 0.0 if busy else took
+            spent[2] += took if busy else 0.0
+            spent[3] += busy
         return asked
 
     # off: nothing looked for, asked, told or written
@@ -127,13 +130,14 @@ def main() -> None:
         "viewer": partial(steered, viewer=True),
         "all": partial(steered, policy=True, viewer=True),
     }
-    WITHIN.update({name: multiprocessing.Array("d", 2) for name in systems if name != "nothing"})
+    WITHIN.update({name: multiprocessing.Array("d", 4) for name in systems if name != "nothing"})
     took = race(systems, lives=given.lives, rounds=given.rounds, steps=STEPS)
     found = ratios(took, of="nothing", lives=given.lives)
     about = {"date": str(date.today()), "torch": torch.__version__, "machine": platform.machine()}
     asked = {"lives": given.lives, "rounds": given.rounds, "steps": STEPS, "load": round(os.getloadavg()[0], 2)}
     entry = {
-        **about, **asked, "within": {name: round(turns / steps, 5) for name, (turns, steps) in WITHIN.items()},
+        **about, **asked, "within": {name: round(spent[0] / spent[1], 5) for name, spent in WITHIN.items()},
+        "milliseconds_a_request": {name: round(1e3 * spent[2] / max(1, spent[3]), 2) for name, spent in WITHIN.items()},
         "ratio_to_nothing": found,
         "milliseconds_a_step": {name: round(1e3 * median(t["wall"]), 2) for name, t in took.items()},
         "seconds_a_step": {n: {c: [round(s, 6) for s in t[c]] for c in t} for n, t in took.items()},
@@ -141,7 +145,8 @@ def main() -> None:
     if not given.dry:
         append(Path(__file__).parent / "results" / "overhead.json", entry)
     for name, share in entry["within"].items():
-        print(f"{name}: {100 * share:.2f} % of its steps' time passes in `steer.turn`")
+        each = entry["milliseconds_a_request"][name]
+        print(f"{name}: {100 * share:.2f} % of its steps' time passes in `steer.turn`; a request takes {each:.1f} ms")
     for name, clocks in found.items():
         for clock, r in clocks.items():
             print(

@@ -139,4 +139,4 @@ def test_a_stop_asked_of_one_rank_stops_both_and_both_go_on(rank: int, tmp_path:
     (home / "requests/enough.json").write_text(json.dumps(shorter))
     assert ranks(tmp_path, change=slow, steps=steps) == [0, 0], errors(tmp_path)
     assert numbers(home)[-1]["step"] == len(rows)
-    assert [line["by"] for line in read_lines(home / "journal.jsonl")][-1] == "ada"
+    assert "ada" in [line["by"] for line in read_lines(home / "journal.jsonl")]

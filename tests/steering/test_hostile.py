@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.steering.live import ONE, answer, ask, journal, run
 from tests.toy import numbers
 from tutelage import steering
 from tutelage.base.errors import UserError
-from tutelage.core import acts, steer
+from tutelage.core import acts, inbox, steer
 from tutelage.look import digest_of
 
 HALF = "\\ud800"  # half of a surrogate pair: JSON allows it, UTF-8 has no bytes for it
@@ -77,15 +78,15 @@ def test_a_request_that_is_taken_back_while_it_is_read_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody who waited long enough takes a request away just when its turn comes."""
-    files, home = steer._files, tmp_path / ONE
+    files, home = inbox.Inbox.files, tmp_path / ONE
 
-    def taken(folder: Path) -> list[Path]:
-        found = files(folder)
+    def taken(box: inbox.Inbox) -> list[Path]:
+        found = files(box)
         for path in found:
             path.unlink()
         return found
 
-    monkeypatch.setattr(steer, "_files", taken)
+    monkeypatch.setattr(inbox.Inbox, "files", taken)
     assert run(tmp_path, {2: [[("gone", ask({"do": "save"}))]]}) == home
     assert not (home / "answers").exists() and not journal(home, by="ada")
 
@@ -125,3 +126,28 @@ def test_a_client_is_told_before_it_sends_what_no_file_can_hold(why: str, tmp_pa
     with pytest.raises(UserError):
         steering.send(tmp_path, [{"do": "set", "path": "optim.lr", "to": json.loads("9" * 4000)}], by="ada")
     assert not list(tmp_path.glob("requests/*"))
+
+
+def test_a_folder_is_listed_when_it_changed_and_once_in_a_while_and_no_request_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "requests"
+    box = inbox.Inbox(place)
+
+    def listed(*, now: float, changed: float) -> bool:
+        monkeypatch.setattr(time, "time_ns", lambda: int(now * inbox.SURE))
+        os.utime(place, ns=(int(changed * inbox.SURE),) * 2)
+        return box.files() == [place / "a.json"]
+
+    assert box.files() == []  # no folder yet
+    place.mkdir()
+    (place / "a.json").touch()
+    assert listed(now=100, changed=90) and not listed(now=100.1, changed=90)
+    assert listed(now=100.2, changed=100.2)
+    assert listed(now=100.25, changed=100.2)  # another may have come within one tick of the disk's clock
+    assert listed(now=100.31, changed=100.2) and not listed(now=100.4, changed=100.2)
+    assert listed(now=101.4, changed=100.2)  # nobody knows how late a disk elsewhere tells of its times
+    place.rename(tmp_path / "old")
+    place.mkdir()
+    (place / "a.json").touch()
+    assert listed(now=106, changed=100.2), "another folder in its place"

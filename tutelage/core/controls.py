@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from tutelage.base.clock import Span
+from tutelage.base.method import Method
 from tutelage.core import acts, artifact
 from tutelage.core.alerts import alerts
 from tutelage.core.record import dumps
@@ -59,11 +61,7 @@ def target(run: Run, path: str) -> dict[str, Any]:
         low, high = {"model.dropout": (0.0, 1.0)}.get(path, (0.0, None))
     else:
         name, _, key = path.rpartition(".")
-        field = type(next(m for m in run.methods.all() if m.name() == name)).model_fields[key]
-        bounds = list(field.metadata) + [m for arg in get_args(field.annotation) for m in getattr(arg, "metadata", ())]
-        low = next((b.ge if isinstance(b, Ge) else b.gt for b in bounds if isinstance(b, (Ge, Gt))), None)
-        high = next((b.le if isinstance(b, Le) else b.lt for b in bounds if isinstance(b, (Le, Lt))), None)
-        says = field.description
+        low, high, says = declared(type(next(m for m in run.methods.all() if m.name() == name)), key)
         kind = "span" if isinstance(now, Span) else "integer" if isinstance(now, int) else "number"
     found = {"path": path, "now": acts.plain(now), "low": low, "high": high, "kind": kind, "says": says}
     if path in ("optim.lr", "optim.base"):
@@ -73,6 +71,16 @@ def target(run: Run, path: str) -> dict[str, Any]:
             for g in run.engine.optimizer.param_groups
         ]
     return found
+
+
+@cache
+def declared(cls: type[Method], key: str) -> tuple[Any, Any, str | None]:
+    """Bounds of a method's field, None where there are none, and what it says of itself."""
+    field = cls.model_fields[key]
+    bounds = list(field.metadata) + [m for arg in get_args(field.annotation) for m in getattr(arg, "metadata", ())]
+    low = next((b.ge if isinstance(b, Ge) else b.gt for b in bounds if isinstance(b, (Ge, Gt))), None)
+    high = next((b.le if isinstance(b, Le) else b.lt for b in bounds if isinstance(b, (Le, Lt))), None)
+    return low, high, field.description
 
 
 def modules(run: Run) -> list[dict[str, Any]]:

@@ -71,7 +71,9 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._method, name)
-        return self._profile.timed(self._method.name(), name, found) if name in TIMED else found
+        if name in TIMED:
+            found = vars(self)[name] = self._profile.timed(self._method.name(), name, found)
+        return found
 
 
 def read(folder: Path | None) -> dict[str, dict[str, list[float]]]:

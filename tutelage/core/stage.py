@@ -23,6 +23,7 @@ from tutelage.core.anatomy import Anatomy, anatomy
 from tutelage.core.device import autocast_of, device_of
 from tutelage.core.engine import Engine
 from tutelage.core.graph import BUILTIN_PACKING, Methods, Node, methods_of
+from tutelage.core.inbox import Inbox
 from tutelage.core.measure import Evals, planned
 from tutelage.core.modality import Corpus, Modality
 from tutelage.core.pace import UNKNOWN
@@ -71,6 +72,8 @@ class Run:
     evals: Evals = field(init=False)  # once the length of the stage is known
     rules: Rules = field(init=False)  # once it is known what of them was counted
     metrics: Metrics = field(init=False)  # once it is known whether rows go on from a checkpoint
+    inbox: Inbox = field(init=False)  # where requests come in
+    acting: list[Method] = field(init=False)  # policies
     extra: dict[str, nn.Module] = field(default_factory=dict)  # parts that methods own
     wrapped: dict[str, tuple[nn.Module, Method, nn.Module]] = field(default_factory=dict)  # wrapper, owner, layer
     steered: Steered = field(default_factory=Steered)

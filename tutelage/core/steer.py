@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from tutelage.base.action import CHANGES, DEEPEST, MOST, RANK, Action, parse
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import acts, artifact, checkpoint, controls
 from tutelage.core.acts import Trial
+from tutelage.core.inbox import Inbox
 from tutelage.core.record import dumps, plain, write_whole
 from tutelage.core.standing import Waits
 
@@ -138,13 +138,13 @@ def policies(run: Run) -> list[Request]:
     run.asked = tick
     later = [line for line in run.journal.lines[run.lines :] if line["tick"] > tick or line["by"] == "replay"]
     heard = not run.node.stage.steering.replay and not any(map(_asked_for, later))  # now: a cut may have come first
-    asked, found = run.methods.having("act"), []
-    for method in asked:
+    found = []
+    for method in run.acting:
         do = method.act(run.view)
         if do and heard:
             found.append({"id": f"{tick}-{method.name()}".replace("/", "-"), "by": method.name(), "actor": "policy",
                           "do": do, "why": str(getattr(method, "why", ""))})  # fmt: skip
-    return list(run.engine.world.agree(found)) if asked else []
+    return list(run.engine.world.agree(found)) if run.acting else []
 
 
 # -- one request ------------------------------------------------------------------------------------------------------
@@ -315,26 +315,13 @@ def collect(run: Run) -> list[Request]:
     """Requests that lie in the folder, oldest first: read by rank 0, agreed by all."""
     world, found = run.engine.world, []
     if world.rank == 0:
-        folder = run.folder / "requests"
-        for path in _files(folder):
+        for path in run.inbox.files():
             request = _read(run, path)
             if request is not None:
                 found.append(request)
     if world.size > 1 and world.largest(len(found)):
         found = world.agree(found)
     return found
-
-
-def _files(folder: Path) -> list[Path]:
-    """Requests, oldest first. What is no plain file (a folder, a pipe, a link) is no request; one may be taken back."""
-    found = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.endswith(".json") and not entry.name.startswith("."):
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.is_file(follow_symlinks=False):
-                        found.append((entry.stat(follow_symlinks=False).st_mtime_ns, Path(entry.path)))
-    return [path for _, path in sorted(found)]
 
 
 def _read(run: Run, path: Path) -> Request | None:
@@ -441,8 +428,9 @@ def prepare(run: Run) -> None:
     """What must be known before the first turn: the standing that the journal amounts to, up to where the state is."""
     for line in run.journal.lines[: run.lines]:
         run.standing.fold(line)
+    run.acting, run.inbox = run.methods.having("act"), Inbox(run.folder / "requests")
     if not run.engine.world.rank:
-        (run.folder / "requests").mkdir(exist_ok=True)
+        run.inbox.folder.mkdir(exist_ok=True)
 
 
 def show(run: Run, state: str, *, now: bool = False) -> None:
