@@ -111,8 +111,7 @@ class Run:
         corpus = self.corpora.of(name, spec)
         source = prefixed(name, corpus.train, node=self.node, methods=self.methods, processor=self.processor)
         whole, parts = self.parts.divided(source)
-        drawn = {part.name: Order(part, seed=self.node.seed) for part in parts.values() or [whole]}
-        return source, corpus.heldout, set(drawn)
+        return source, corpus.heldout, {Order(p, seed=self.node.seed).source.name for p in parts.values() or [whole]}
 
     def open_source(self, name: str) -> None:
         """Draw from a source that an action added, and measure its held-out part."""

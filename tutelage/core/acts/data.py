@@ -90,7 +90,7 @@ def _drop(run: Run, action: Any) -> None:
 
 
 def _skipped(run: Run, trial: Trial, action: Any, place: str) -> None:
-    drawn = {*run.stream.cursors(), *trial.opened}
+    drawn = [*run.stream.cursors(), *sorted(trial.opened)]
     if action.source not in drawn:
         there = f"{did_you_mean(action.source, drawn)} (there are: {', '.join(drawn)})"
         raise UserError(f"{place}: nothing is drawn from a source '{action.source}'{there}")
