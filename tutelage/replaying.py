@@ -155,7 +155,7 @@ def told(lines: list[Line], *, known: list[Line] | None = None) -> list[Line]:
             found += [{**line, "do": rest}] if rest else []
             continue
         do = [act for act in line["do"] if act["do"] not in IDLE]
-        asked = line.get("actor") == "policy"  # it asks again, and is not heard twice
+        asked = line.get("actor") in ("policy", "recipe")  # it asks again, and is not heard twice
         found += _pair({**line, "do": do}, became.get(line["id"])) if do or asked else []
     return found
 

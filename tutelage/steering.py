@@ -22,14 +22,14 @@ from typing import Any
 
 import yaml
 
-from tutelage.base.action import parse
+from tutelage.base.action import MOST, parse
 from tutelage.base.errors import UserError
 from tutelage.base.registry import CODE
 from tutelage.core.record import dumps, plain, read_lines, sync
 from tutelage.watching import NAME, StageInfo, controls, find, live, name_of, read, stages
 
 ACTORS = ("person", "agent")
-OURS = ("engine", "recipe", "policy")  # names that nobody outside the trainer signs with
+OURS = ("engine", "recipe", "policy", "replay")  # names that nobody outside the trainer signs with
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _TUTELAGE = (sys.executable, "-m", "tutelage")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -57,6 +57,8 @@ def send(
         raise UserError(f"{folder} is not a stage's folder")
     if not isinstance(do, list) or not do:
         raise UserError("a request is a list of actions, one at least: [{do: note, text: …}]")
+    if len(do) > MOST:
+        raise UserError(f"a request has at most {MOST} actions")
     for act in do:
         parse(act, place="request")
     if not isinstance(by, str) or not by.strip() or by in OURS:

@@ -255,8 +255,12 @@ def run_twin(tried: Try, twin: str, *, say: Say) -> None:
         while child.poll() is None:
             time.sleep(0.05)
             _check(tried, twin)
-            done = steering.controls(folder)["tick"] - tried.tick
-            say(twin, min(max(0, done), tried.steps), tried.steps)
+            now = steering.controls(folder)
+            say(twin, min(max(0, now["tick"] - tried.tick), tried.steps), tried.steps)
+            if now["state"] == "paused" and not any((folder / "requests").glob("*.json")):
+                steering.send(
+                    folder, [{"do": "resume"}], by="try"
+                )  # nobody else will: what was tried, or a policy, pauses
     finally:
         if child.poll() is None:
             child.kill()

@@ -17,6 +17,7 @@ import pytest
 from tests.server.conftest import serve
 from tutelage import steering
 from tutelage.base.spec import SteeringSpec
+from tutelage.server.auth import Tokens
 from tutelage.server.page_words import rules_said
 from tutelage.trying import Try
 
@@ -390,6 +391,17 @@ def target(folder: Path, path: str) -> float:
 def held(server: str) -> dict[str, int]:
     with urllib.request.urlopen(f"{server}/-/held", timeout=60) as answer:
         return dict(json.load(answer))
+
+
+def test_an_open_page_shows_nothing_more_once_its_token_was_taken_back(browser: Any, server: str, runs: Path) -> None:
+    token = Tokens(runs).make("leaves", scope="steer", actor="person")
+    context = browser.new_context(extra_http_headers={"authorization": f"Bearer {token}"})
+    page = context.new_page()
+    page.goto(f"{server}/stage/demo/code")
+    page.wait_for_function("window.tutelage?.drawn")
+    Tokens(runs).drop("leaves")
+    page.wait_for_function("!window.tutelage && document.body.innerText.includes('no such token')", timeout=30_000)
+    context.close()
 
 
 def test_viewers_come_and_go_and_leave_nothing_and_the_process_ends(browser: Any, runs: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,19 @@ class Beside:
     """Stage `one` of the toy recipe, paused before the step at `pause` until somebody goes on."""
 
     def __init__(
-        self, folder: Path, *, steps: int = 12, pause: int | None = 3, stage: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        *,
+        steps: int = 12,
+        pause: int | None = 3,
+        stage: dict[str, Any] | None = None,
+        more: Sequence[dict[str, Any]] = (),
     ) -> None:
         def change(recipe: dict[str, Any]) -> None:
             one = recipe["stages"]["one"]
             one.update(stage or {})
             if pause is not None:
-                one["actions"] = [{"tick": pause, "do": "pause"}]
+                one["actions"] = [{"tick": pause, "do": "pause"}, *more]
 
         self.runs, self.folder = folder / "runs", folder / ONE
         self._graph = graph(folder, steps=steps, change=change)

@@ -15,6 +15,8 @@ from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.spec import SourceSpec, Strict
 
 Actor = Literal["person", "agent", "policy", "recipe"]
+MOST = 50  # actions of a request: each may take seconds, and the stage waits
+DEEPEST = 64  # lists and mappings within each other in a request
 RANK = {"recipe": 0, "person": 1, "agent": 2, "policy": 3}  # who is heard first, and whose word stands
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}$")]

@@ -83,6 +83,7 @@ class Run:
     shown: float = -1e9  # when the controls were last written
     unsound: bool = False  # the last loss was no number, and nobody has gone back yet
     asked: int = 0  # the tick at which policies were asked last
+    planned: int = -1  # the tick up to which the recipe's actions were looked at
     saved: tuple[int, int] | None = None  # tick and journal lines of the newest checkpoint
     fresh: bool = True  # not resumed from a checkpoint
     measured: bool = False  # the last measurement is done
@@ -105,18 +106,16 @@ class Run:
         names = [*self.node.stage.data, *self.steered.added]
         return [name for name in names if name not in self.steered.dropped]
 
-    def opened(self, name: str, spec: SourceSpec) -> tuple[Source, Source]:
-        """What is drawn of a source that joins, and its held-out part. UserError for one that nothing can be drawn from."""
+    def opened(self, name: str, spec: SourceSpec) -> tuple[Source, Source, set[str]]:
+        """What is drawn of a source that joins, its held-out part, the names of its rows. UserError where there are none."""
         corpus = self.corpora.of(name, spec)
         source = prefixed(name, corpus.train, node=self.node, methods=self.methods, processor=self.processor)
         whole, parts = self.parts.divided(source)
-        for part in parts.values() or [whole]:
-            Order(part, seed=self.node.seed)
-        return source, corpus.heldout
+        return source, corpus.heldout, {Order(p, seed=self.node.seed).source.name for p in parts.values() or [whole]}
 
     def open_source(self, name: str) -> None:
         """Draw from a source that an action added, and measure its held-out part."""
-        source, heldout = self.opened(name, SourceSpec.model_validate(self.steered.added[name]["source"]))
+        source, heldout, _ = self.opened(name, SourceSpec.model_validate(self.steered.added[name]["source"]))
         view = self.view
         if name not in self.sources:
             found = self.parts.add(source)

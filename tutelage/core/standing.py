@@ -14,6 +14,8 @@ from tutelage.base.action import PERSONS_ONLY, RANK, Action, parse, target
 from tutelage.base.errors import UserError
 from tutelage.base.spec import ActorSpec, SteeringSpec
 
+Moved = tuple[str, float, float, float]  # path, before, after, and what becomes of the rate in use besides
+
 
 class Waits(Exception):
     """A request that a person must approve first; its text says which rule asks for it."""
@@ -145,8 +147,10 @@ class Standing:
         )
         if twice is not None:  # each would stay within limits that both together leave
             raise UserError(f"{touched[acts.index(twice)]} is changed twice in one request; say once what it shall be")
-        for effect in effects:
-            self._within(effect, rules, actor=actor, tick=tick)
+        moved = [_moved(change) for effect in effects for change in effect.get("changes", [])[:1]]
+        for i, own in enumerate(moved):
+            others = [other for j, change in enumerate(moved) if j != i for other in change]
+            self._within(own, others, rules, actor=actor, tick=tick)
         risky = [name for act, effect in zip(acts, effects, strict=True) if (name := _as(act, effect)) in rules.approve]
         if risky and not approved:
             raise Waits(f"`{risky[0]}` waits for a person (steering.{actor}.approve)")
@@ -164,16 +168,16 @@ class Standing:
                 f"{touched} was changed at this tick by {'an' if who == 'agent' else 'a'} {who}, who goes first"
             )
 
-    def _within(self, effect: dict[str, Any], rules: ActorSpec, *, actor: str, tick: int) -> None:
-        """The factor on a value over the last steps stays within the actor's limits."""
-        for path, was, now, by in (moved for change in effect.get("changes", [])[:1] for moved in _moved(change)):
+    def _within(self, moved: list[Moved], others: list[Moved], rules: ActorSpec, *, actor: str, tick: int) -> None:
+        """The factor on a value over the last steps stays within the actor's limits, with what `others` of the request add."""
+        for path, was, now, by in moved:
             limit = rules.limits.get(path)
             if limit is None:
                 continue
             window = int(limit.per.value)
             recent = [c for c in self.changes if c.path == path and c.tick > tick - window and c.actor == actor]
             was = recent[0].was if recent else was
-            now *= math.prod([by, *(c.by for c in recent)])
+            now *= math.prod([by, *(c.by for c in recent), *(more for what, _, _, more in others if what == path)])
             low, high = limit.by
             if not low * was - 1e-12 * abs(was) <= now <= high * was + 1e-12 * abs(was):
                 raise UserError(
@@ -181,7 +185,7 @@ class Standing:
                 )
 
 
-def _moved(change: dict[str, Any]) -> list[tuple[str, float, float, float]]:
+def _moved(change: dict[str, Any]) -> list[Moved]:
     """What a change moves that is a number: path, before, after, and what becomes of the rate in use besides."""
     found, was, now = [], change.get("was"), change.get("now")
     if isinstance(was, (int, float)) and isinstance(now, (int, float)):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.base.action import CHANGES, RANK, Action, parse
+from tutelage.base.action import CHANGES, DEEPEST, MOST, RANK, Action, parse
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import acts, artifact, checkpoint, controls
 from tutelage.core.acts import Trial
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
 LARGEST = 1 << 20  # bytes of a request
-DEEPEST = 64  # lists and mappings within each other in a request
 POLL = 0.05  # seconds between two looks at the requests while paused
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}")
 _OURS = re.compile(r"recipe-\d|\d+-[a-z]")  # ids that the recipe's actions and policies' requests have
@@ -104,17 +103,21 @@ def planned(run: Run) -> bool:
     What cannot be done is an error of the recipe's, unless somebody has steered the stage: then it is refused, in writing.
     """
     tick = run.clock.tick
-    mine = [act for act in run.node.stage.actions if act.get("tick") == tick]
-    if (
-        not mine
-        or f"recipe-{tick}" in run.standing.done
-        or any(line["by"] == "recipe" and line["tick"] == tick for line in run.journal.lines)
-    ):
-        return False
+    for due in sorted({act["tick"] for act in run.node.stage.actions if run.planned < act["tick"] <= tick}):
+        _plan(run, due)  # also of a tick that was passed over: ways back and resets of one request move it on
+    run.planned = max(run.planned, tick)
+    return run.clock.tick != tick
+
+
+def _plan(run: Run, due: int) -> None:
+    """What the recipe says of a tick, unless the journal holds it."""
+    mine, name = [act for act in run.node.stage.actions if act["tick"] == due], f"recipe-{due}"
     place = f"stages.{run.node.name}.actions"
+    if name in run.standing.done or any(line["id"] == name for line in run.journal.lines):
+        return
     why = "; ".join(str(act["why"]) for act in mine if act.get("why"))
     do = [{k: v for k, v in act.items() if k not in ("tick", "why")} for act in mine]
-    request = {"id": f"recipe-{tick}", "by": "recipe", "actor": "recipe", "do": do, "why": why}
+    request = {"id": name, "by": "recipe", "actor": "recipe", "do": do, "why": why}
     try:
         actions = checked(run, request, place)
     except UserError as error:
@@ -122,9 +125,8 @@ def planned(run: Run) -> bool:
             raise
         engine_line(run, {"do": "refused", "id": request["id"], "request": request, "why": str(error)})
         run.say({"warning": f"{error}; the stage was steered, and goes on without it"})
-        return False
+        return
     carry_out(run, written(run, request, actions), actions)
-    return run.clock.tick != tick
 
 
 def policies(run: Run) -> list[Request]:
@@ -199,6 +201,8 @@ def _parsed(request: Request, place: str) -> list[Action]:
     """The request's actions as they are written; UserError for what no request may bring."""
     if not (isinstance(request.get("do"), list) and request["do"]):
         raise UserError(f"{place}: a request is {{by: name, actor: person, do: [actions], why: text}}")
+    if request["actor"] != "recipe" and len(request["do"]) > MOST:
+        raise UserError(f"{place}: a request has at most {MOST} actions")
     found = [parse(act, place=place) for act in request["do"]]
     if request["actor"] != "recipe" and any(act.do == "undo" and act.acts is not None for act in found):
         raise UserError(f"{place}: undo: `acts` is found by itself; ask for the `id` alone")
@@ -208,7 +212,7 @@ def _parsed(request: Request, place: str) -> list[Action]:
 def _hold_back(run: Run, actions: list[Action]) -> None:
     """The save that is about to be made must not push out one that the request goes back to."""
     for act in acts.unfolded(actions) if not run.engine.world.rank else []:
-        if act.do == "rollback":
+        if act.do == "rollback" and (run.folder / "state" / f"{int(act.to):09d}").exists():  # or it makes it itself
             artifact.mark_state(run.folder / "state", tick=int(act.to), mark="kept")
 
 
@@ -332,7 +336,7 @@ def _read(run: Run, path: Path) -> Request | None:
         if not (isinstance(request, dict) and request.get("by")):
             raise UserError("a request is {by: name, actor: person, do: [actions], why: text}")
         by, actor = str(request["by"])[:100], request.get("actor", "person")
-        if by in ("engine", "recipe") or actor not in ("person", "agent"):
+        if by in ("engine", "recipe", "replay") or actor not in ("person", "agent"):
             raise UserError(f"by: '{by}', actor: '{actor}': the actor of a request is a person or an agent")
         why, dry = str(request.get("why") or "")[:10_000], bool(request.get("dry"))
         return {"id": name, "by": by, "actor": actor, "do": request.get("do"), "why": why, "dry": dry}

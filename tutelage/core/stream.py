@@ -378,6 +378,8 @@ class Stream:
         for name, saved in state["sources"].items():
             if saved["fingerprint"] != self._accounts[self._known(name)].order.source.fingerprint:
                 raise UserError(f"source '{name}' has changed since the save: its position means nothing any more")
+        for name in self._accounts.keys() - state["sources"].keys():
+            self._accounts[name] = _Account(self._accounts[name].order)
         for name, saved in state["sources"].items():
             account = self._accounts[name]
             account.cursor = Cursor.of(saved["cursor"])

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocket
 
 import tutelage
 from tutelage import steering, watching
+from tutelage.base.action import DEEPEST, MOST
 from tutelage.base.errors import UserError
 from tutelage.core.record import no_link, plain
 from tutelage.server import live
@@ -34,7 +35,7 @@ class Body(BaseModel):
 class Ask(Body):
     """A request: actions as in docs/steering.md. Who asks is whose token or session it is."""
 
-    do: list[dict[str, Any]] = Field(min_length=1, max_length=50)
+    do: list[dict[str, Any]] = Field(min_length=1, max_length=MOST)
     why: str = Field("", max_length=2000)
     dry: bool = False
     id: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
@@ -238,12 +239,16 @@ def _split(names: str | None) -> list[str] | None:
     return [name for name in names.split(",") if name] if names is not None else None
 
 
-def _finite(value: Any) -> None:
-    """UserError for a NaN or an infinity, which Python's JSON reader lets pass."""
+def _finite(value: Any, *, levels: int = DEEPEST) -> None:
+    """UserError for what Python's JSON reader lets pass and no file or answer holds: NaN, infinity, half a surrogate pair."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError("a request's numbers are finite")
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _finite(part)
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError("a request's text holds half of a surrogate pair")
+    if not levels:
+        raise UserError(f"a request has at most {DEEPEST} levels")
+    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(part, levels=levels - 1)
 
 
 def _brief(info: steering.StageInfo) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import math
 import os
 import re
 import secrets
 import socket
 import stat
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,6 +56,7 @@ class Who:
     actor: str = "person"
     scope: str = "read"
     token: str = ""  # hash of the token behind it, if there is one
+    session: str = ""  # and of the session's secret
 
     def may(self, scope: str) -> bool:
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
@@ -219,7 +221,7 @@ class Gate:
         now = time.monotonic()
         self._sessions = {k: v for k, v in self._sessions.items() if now - v[1] < SESSION}
         secret = secrets.token_urlsafe(32)
-        self._sessions[_hash(secret)] = (who, now)
+        self._sessions[_hash(secret)] = (replace(who, session=_hash(secret)), now)
         return secret
 
     def _failure(self, address: str, why: str) -> Denied:
@@ -243,7 +245,9 @@ class Gate:
         return Who("nobody")
 
     def still(self, who: Who) -> bool:
-        """Whether somebody known from earlier (a page that was opened) is still good: tokens can be taken back."""
+        """Whether somebody known from earlier (a page that was opened) is still good: a session ends, a token is taken back."""
+        if who.session and time.monotonic() - self._sessions.get(who.session, (who, -math.inf))[1] > SESSION:
+            return False
         return not who.token or who.token in self.tokens.known()
 
     def need(self, who: Who, scope: str) -> None:
@@ -252,6 +256,8 @@ class Gate:
             raise Denied(401, f"a token of scope {scope} is needed: `tutelage serve --new-token NAME --scope {scope}`")
         if not who.may(scope) or not self.still(who):
             raise Denied(403, f"{who.name} may {who.scope}; this needs a token of scope {scope}")
+        if who.session:
+            self._sessions[who.session] = (who, time.monotonic())
 
     def paced(self, limit: Limit, who: Who, address: str) -> None:
         """Denied for one who asks too often."""
@@ -269,7 +275,7 @@ class Gate:
             return who
         secret = _cookie(headers, self.cookie)
         entry = self._sessions.get(_hash(secret)) if secret else None
-        if entry is None or time.monotonic() - entry[1] > SESSION or not self.still(entry[0]):
+        if entry is None or not self.still(entry[0]):
             return None
         self._sessions[_hash(secret)] = (entry[0], time.monotonic())
         return entry[0]

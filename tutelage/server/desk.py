@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage import steering
+from tutelage.base.action import parse
 from tutelage.base.errors import UserError
 from tutelage.server.auth import PERSONS, Denied, Gate, Who
 from tutelage.server.feeds import EVERY, KEEP, Feeds
@@ -111,10 +112,11 @@ class Desk:
         """A branch as a run of its own. A live stage makes or marks the save first; starting a process is for admins."""
         self.gate.need(who, "admin" if action["run"] != "no" else "steer")
         self.gate.paced(self.gate.heavy, who, address)
+        asked = {"do": "branch", **{key: value for key, value in action.items() if value is not None}}
+        parse(asked, place="request")  # the name, too, before a file system sees it
         name = action["name"]
         if not NAME.fullmatch(name) or (self.runs / name).exists():
             raise UserError(f"branch: '{name}' is not the name of a new run in {self.runs.name}")
-        asked = {"do": "branch", **{key: value for key, value in action.items() if value is not None}}
         if await self.feeds.look(lambda: steering.live(folder)):
             id = await self.act(who, folder, [asked], why=why, address=address)
             found = await self.answer(folder, id, seconds=WAIT)

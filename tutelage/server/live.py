@@ -48,7 +48,9 @@ async def view(
         await asyncio.wait(tasks)
     code, why = _ended(viewer)
     if stopped or barred:
-        code, why = (STOPS, "the server stops") if stopped else (DENIED, "the token was taken back")
+        code, why = (
+            (STOPS, "the server stops") if stopped else (DENIED, "the token was taken back, or the session ended")
+        )
     if socket.client_state is WebSocketState.CONNECTED and socket.application_state is WebSocketState.CONNECTED:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
             await asyncio.wait_for(socket.close(code, why[:120]), 1.0)

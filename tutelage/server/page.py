@@ -197,7 +197,11 @@ class Viewer:
     # -- keeping up -------------------------------------------------------------------------------------------------
 
     async def tick(self) -> None:
-        """Once a second: what is new, and nothing else."""
+        """Once a second: what is new, and nothing else; nothing for one whose session or token is good no longer."""
+        if not self.gone and not self.house.desk.gate.still(self.who):
+            self.timer.cancel()
+            self.leave()
+            return ui_run(self.client, "location.reload()")  # as whoever comes now, if anybody may
         for live in [self.live, *(live for live, _ in self.others.values())]:
             await live.refresh(self.house.desk.feeds.look)
         if self.gone:

@@ -70,6 +70,11 @@ def _undone(run: Run, trial: Trial, action: Any, place: str) -> None:
         if action.weights:
             if done.get("saved") is None:
                 raise UserError(f"{place}: no save was made before '{action.id}'; `rollback` goes to the nearest one")
+            if course.saved_at(run, done["saved"], place) != done["saved"]:
+                raise UserError(
+                    f"{place}: the save made before '{action.id}', of tick {done['saved']}, is gone; "
+                    "`rollback` goes to the nearest one"
+                )
             action.acts.insert(0, {"do": "rollback", "to": done["saved"], "skip": False})
         elif not action.acts:
             raise UserError(

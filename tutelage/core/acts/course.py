@@ -8,7 +8,7 @@ from tutelage.base.clock import Span
 from tutelage.base.errors import UserError
 from tutelage.core import artifact, checkpoint
 from tutelage.core.acts.trial import Trial
-from tutelage.core.acts.values import plain, value
+from tutelage.core.acts.values import base_rate, factor, plain, times, value
 from tutelage.core.pace import UNKNOWN
 
 if TYPE_CHECKING:
@@ -46,7 +46,15 @@ def _total_effect(run: Run, new: dict[str, float]) -> dict[str, Any]:
 
 
 def _extend_effect(run: Run, action: Any) -> dict[str, Any]:
-    return _total_effect(run, run.totals(action.until))
+    new = run.totals(action.until)
+    said = _total_effect(run, new)
+    change, before = said["changes"][0], factor(run)
+    clock = run.clock.copy()
+    clock.total = new
+    after = float(run.methods.slots["schedule"].factor(clock))
+    if change["now"] > change["was"] and after != before:  # a later end moves the rate that is in use
+        change |= {"base": base_rate(run.engine.optimizer), "rate": times(before, after)}
+    return said
 
 
 def _extend(run: Run, action: Any) -> None:
@@ -116,9 +124,12 @@ def saved_at(run: Run, to: Any, place: str) -> int:
 
 
 def _rolled(run: Run, trial: Trial, action: Any, place: str) -> None:
-    action.to = saved_at(run, action.to, place)
-    for key, count in checkpoint.counts_at(run, action.to).items():
+    made = [tick for tick in trial.saves if action.to == "last" or tick <= action.to]
+    action.to = max(made) if made else saved_at(run, action.to, place)
+    counts = trial.saves[action.to] if made else checkpoint.counts_at(run, action.to)
+    for key, count in counts.items():
         setattr(trial.clock, key, count)
+    trial.clock.tick += 1
 
 
 def _rollback_effect(run: Run, action: Any) -> dict[str, Any]:
@@ -141,7 +152,8 @@ def _rollback(run: Run, action: Any) -> None:
 
 def _branched(run: Run, trial: Trial, action: Any, place: str) -> None:
     if action.to is not None:
-        action.to = saved_at(run, action.to, place)
+        made = [tick for tick in trial.saves if tick <= action.to]
+        action.to = max(made) if made else saved_at(run, action.to, place)
     else:
         _sound(run, trial, action, place)
 
@@ -160,6 +172,7 @@ def _branch(run: Run, action: Any) -> None:
 def _sound(run: Run, trial: Trial, action: Any, place: str) -> None:
     if run.unsound:
         raise UserError(f"{place}: the last loss was no number, and such weights are not saved")
+    trial.save()
 
 
 def _save_effect(run: Run, action: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core.acts.trial import Trial
+from tutelage.core.stream import Cursor
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
@@ -49,7 +50,7 @@ def _added(run: Run, trial: Trial, action: Any, place: str) -> None:
         )
     if sum(trial.added.values()) + action.weight >= 1:
         raise UserError(f"{place}: the sources that were added would take the whole mixture")
-    run.opened(action.name, action.source)  # read, divided and put in order now, so that what is wrong is told now
+    trial.opened |= run.opened(action.name, action.source)[2]  # divided and put in order: what is wrong is told now
     trial.added[action.name] = action.weight
 
 
@@ -89,14 +90,14 @@ def _drop(run: Run, action: Any) -> None:
 
 
 def _skipped(run: Run, trial: Trial, action: Any, place: str) -> None:
-    drawn = run.stream.cursors()
+    drawn = [*run.stream.cursors(), *sorted(trial.opened)]
     if action.source not in drawn:
         there = f"{did_you_mean(action.source, drawn)} (there are: {', '.join(drawn)})"
         raise UserError(f"{place}: nothing is drawn from a source '{action.source}'{there}")
 
 
 def _skip_effect(run: Run, action: Any) -> dict[str, Any]:
-    before = run.stream.cursors()[action.source].next
+    before = run.stream.cursors().get(action.source, Cursor()).next
     return {"changes": [{"what": f"position in {action.source}", "was": before, "now": f"{action.rows} rows on"}]}
 
 

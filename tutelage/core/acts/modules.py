@@ -75,6 +75,7 @@ def _resettable(run: Run, trial: Trial, action: Any, place: str) -> None:
         raise UserError(
             f"{place}: a wrapped model ({run.methods.having('wrap')[0].name()}) has no fresh weights to go back to"
         )
+    trial.clock.tick += 1
 
 
 def _reset_effect(run: Run, action: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tutelage.base.clock import Clock, Span
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
+from tutelage.core import checkpoint
 from tutelage.core.measure import planned
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ class Trial:
     trained: set[str] = field(default_factory=set)  # parameters, by name
     clock: Clock = field(default_factory=Clock)
     answered: set[str] = field(default_factory=set)  # of what waits for a person
+    values: dict[str, float] = field(default_factory=dict)  # of the engine and the model, by path
+    opened: set[str] = field(default_factory=set)  # what rows of a source that joined are drawn from
+    saves: dict[int, dict[str, float]] = field(default_factory=dict)  # made by then: tick, and what the clock counted
 
     @staticmethod
     def of(run: Run) -> Trial:
@@ -53,6 +57,9 @@ class Trial:
             planned(run.evals.spec, self.clock.total)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
+
+    def save(self) -> None:
+        self.saves[self.clock.tick] = {key: getattr(self.clock, key) for key in checkpoint.COUNTS}
 
     def own(self, run: Run) -> list[str]:
         names = [*run.node.stage.data, *self.added]

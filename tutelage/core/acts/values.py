@@ -70,9 +70,10 @@ def _valued(run: Run, trial: Trial, action: Any, place: str) -> None:
     if action.path not in OWN:
         _try(run, trial, action, place)
         return
-    now = value(run, action.path)
+    now = trial.values.get(action.path, value(run, action.path))
     new = action.to if action.do == "set" else now * action.by
     if new is None and action.path == "model.dropout":
+        trial.values[action.path] = max(run.dropouts)
         return
     if not isinstance(new, (int, float)):
         raise UserError(f"{place}: {action.path} is a number (got {new!r})")
@@ -81,6 +82,7 @@ def _valued(run: Run, trial: Trial, action: Any, place: str) -> None:
         raise UserError(f"{place}: {action.path}: {new:g} is not between {low:g} and {high:g}")
     if action.do == "set" and action.path == "optim.lr" and not trial.factor(run):
         raise UserError(f"{place}: optim.lr: the schedule makes the rate 0 just now, whatever it is set to")
+    trial.values[action.path] = float(new)
 
 
 def _try(run: Run, trial: Trial, action: Any, place: str) -> None:
@@ -134,11 +136,11 @@ def _value_effect(run: Run, action: Any) -> dict[str, Any]:
     change = {"what": action.path, "was": now, "now": new, "used": new}
     if "factor" in copy.hooks():
         before, after = factor(run), copy.factor(run.clock)
-        change |= {"base": base_rate(run.engine.optimizer), "rate": _times(before, after)}
+        change |= {"base": base_rate(run.engine.optimizer), "rate": times(before, after)}
     return {**said, "changes": [change]}
 
 
-def _times(before: float, after: float) -> float:
+def times(before: float, after: float) -> float:
     """The factor between two numbers."""
     return after / before if before else 1.0 if after == before else math.inf
 
