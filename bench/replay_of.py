@@ -68,15 +68,15 @@ def recipe(place: Path, *, steps: tuple[int, int], passages: int) -> Path:
     return path
 
 
-def run(path: Path, seed: int, runs: Path) -> dict[str, Any]:
-    """Make every stage with one seed (what is there already is not made again) and gather its numbers."""
+def run(path: Path, seed: int, runs: Path) -> Path:
+    """Make every stage with one seed (what is there already is not made again); returns where."""
     place = Path(f"{runs}-{seed}")
     command = [sys.executable, "-m", "tutelage", "run", str(path), "--set", f"seed={seed}", "--runs", str(place)]
     done = subprocess.run([*command, "--jobs", "1"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"seed {seed} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     print(f"seed {seed} is done", flush=True)
-    return gathered(path, seed, place)
+    return place
 
 
 def gathered(path: Path, seed: int, place: Path) -> dict[str, Any]:
@@ -187,7 +187,9 @@ def main() -> None:
     options = parser.parse_args()
     path = recipe(options.runs, steps=tuple(options.steps), passages=options.passages)
     with ThreadPoolExecutor(options.side_by_side) as pool:
-        found = list(pool.map(lambda seed: run(path, seed, options.runs), options.seeds))
+        places = list(pool.map(lambda seed: run(path, seed, options.runs), options.seeds))
+    # one by one: transformers opens no two models at once in one process, weights stay unset
+    found = [gathered(path, seed, place) for seed, place in zip(options.seeds, places, strict=True)]
     data = summary(found, options)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
