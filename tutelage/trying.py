@@ -31,6 +31,7 @@ TWINS = ("plain", "changed")
 BLOCKS = 10  # of steps, whose means are nearly independent where single steps are not
 ANSWER = 120.0  # seconds in which a running stage comes to its next step and saves
 _SAME = ("cursors", "owed", "weights", "length", "rows")  # of a step's line: where these are equal, so is the batch
+COURSE = ("pause", "resume", "step")  # actions that say whether a stage runs
 Say = Callable[[str, int, int], None]  # twin, steps done, of
 
 
@@ -48,6 +49,8 @@ class Try:
     tick: int = 0  # where the twins begin
     live: bool = False  # the stage was running when the twins began
     resumes: bool = False  # it runs again when the try is over
+    held: str = ""  # the request that paused it
+    until: int | None = None  # the tick at which a `step` was to pause it
     estimate: dict[str, Any] = field(default_factory=dict)  # seconds, bytes of memory at least
     effects: list[dict[str, Any]] = field(default_factory=list)  # what the action would do, of a running stage
     result: dict[str, Any] | None = None
@@ -191,10 +194,11 @@ def fork(tried: Try, *, seconds: float) -> None:
     if not tried.live:
         tried.tick = _newest_save(folder)
         return
-    tried.resumes = now["state"] != "paused"
+    tried.resumes, tried.until = now["state"] != "paused", now.get("step_to")
     do = [*([{"do": "pause"}] if tried.resumes else []), {"do": "save"}]
     what = " + ".join(str(act["do"]) for act in tried.do)
     asked = steering.send(folder, do, by=tried.by, actor=tried.actor, why=f"try {tried.id}: {what}")
+    tried.held = asked
     told = answered(folder, asked, seconds=seconds)
     if told["state"] != "applied":
         tried.resumes = False
@@ -337,7 +341,9 @@ def settle(tried: Try, *, adopt: bool, seconds: float = ANSWER) -> dict[str, Any
         raise UserError(
             f"{steering.name_of(folder)} is finished; branch from tick {tried.tick} to go on with it changed"
         )
-    do = [*(tried.do if adopt else []), *([{"do": "resume"}] if tried.resumes else [])]
+    do = list(tried.do) if adopt else []
+    if not any(act["do"] in COURSE for act in do):
+        do += going_on(tried)
     told = None
     if do:
         why = f"try {tried.id}: {shown_loss(tried)}" if adopt else f"try {tried.id} is over"
@@ -353,9 +359,22 @@ def settle(tried: Try, *, adopt: bool, seconds: float = ANSWER) -> dict[str, Any
 
 def release(tried: Try) -> None:
     """Let a stage go on that was paused for the try."""
-    if tried.resumes and steering.live(tried.folder):
-        steering.send(tried.folder, [{"do": "resume"}], by=tried.by, actor=tried.actor, why=f"try {tried.id} is over")
+    do = going_on(tried) if steering.live(tried.folder) else []
+    if do:
+        steering.send(tried.folder, do, by=tried.by, actor=tried.actor, why=f"try {tried.id} is over")
     tried.resumes = False
+
+
+def going_on(tried: Try) -> list[dict[str, Any]]:
+    """What lets the stage go on as before the try; nothing where somebody else has stopped it, or let it go on, since."""
+    lines = read_lines(tried.folder / "journal.jsonl") if tried.resumes else []
+    last = next((line for line in reversed(lines) if any(act["do"] in COURSE for act in line["do"])), None)
+    if last is None or last.get("id") != tried.held:
+        return []
+    if tried.until is None:
+        return [{"do": "resume"}]
+    left = tried.until - tried.tick
+    return [{"do": "step", "n": left}] if left > 0 else []
 
 
 def shown_loss(tried: Try) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,23 @@ def test_two_tokens_have_two_names(runs: Path) -> None:
     Tokens(runs).make("anna", scope="read", actor="person")
     with pytest.raises(UserError, match="already"):
         Tokens(runs).make("anna", scope="admin", actor="person")
+
+
+def test_tokens_made_and_taken_back_at_one_moment_are_all_heeded(runs: Path) -> None:
+    for i in range(8):
+        Tokens(runs).make(f"old{i}", scope="read", actor="person")
+    start = threading.Barrier(16)
+
+    def change(i: int) -> None:
+        start.wait()
+        if i % 2:
+            Tokens(runs).drop(f"old{i // 2}")
+        else:
+            Tokens(runs).make(f"new{i // 2}", scope="read", actor="person")
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(change, range(16)))
+    assert {who.name for who in Tokens(runs).known().values()} == {f"new{i}" for i in range(8)}
 
 
 # -- sessions ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tests.steering.live import ONE, answer, ask, run
 from tests.toy import numbers
 from tutelage.base import registry
 from tutelage.core import artifact, loop, steer
+from tutelage.modalities.text.toy import MODELS
 
 SCHEDULES = sorted(name for name in registry.names() if name.startswith("schedule/"))
 GROUPS = [
@@ -90,3 +91,40 @@ def test_a_mixture_changes_at_its_step_however_many_workers_prepared_the_text(th
     drawn = json.loads((artifact.states(home / "state")[-1] / "state.json").read_text())["stream"]["sources"]
     assert {name: source["rows"] for name, source in drawn.items()} == {"a": 12 + 6, "b": 12 + 18 + 16}
     assert sum(source["tokens"] for source in drawn.values()) == rows[-1]["tokens"]
+
+
+DROP = "model.dropout"
+LR = "optim.lr"
+TOGETHER: dict[str, list[dict[str, Any]]] = {
+    "twice": [{"do": "set", "path": LR, "to": 4e-4}, {"do": "scale", "path": LR, "by": 0.5}],
+    "schedule": [
+        {"do": "set", "path": "schedule/wsd.cooldown", "to": "6step"},
+        {"do": "set", "path": LR, "to": 4e-4},
+        {"do": "scale", "path": "optim.base", "by": 2.0},
+    ],
+    "end": [
+        {"do": "extend", "until": "20step"},
+        {"do": "set", "path": LR, "to": 4e-4},
+        {"do": "extend", "until": "9step"},
+    ],
+    "back": [{"do": "rollback", "to": 1}, {"do": "set", "path": LR, "to": 4e-4}],
+    "dropout": [{"do": "set", "path": DROP, "to": 0.2}, {"do": "scale", "path": DROP, "by": 2.0}],
+    "mix": [{"do": "mix", "weights": {"a": 1.0}}, {"do": "mix", "weights": {"a": 2.0}}],
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_several_actions_asked_dry_show_what_they_then_do_together(name: str, tmp_path: Path) -> None:
+    def change(recipe: dict[str, Any]) -> None:
+        one = recipe["stages"]["one"]
+        one["start"] = {**MODELS["gpt2"], "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+        one |= {"schedule": {"use": "schedule/wsd", "warm": "3step", "cooldown": "4step"}, "save": {"every": "1step"}}
+
+    do = TOGETHER[name]
+    script = {2: [[("asked", ask(*do, dry=True)), ("done", ask(*do))]]}
+    home = run(tmp_path, script, change=change, steps=8)
+    dry, done = answer(home, "asked"), answer(home, "done")
+    assert (dry["state"], dry.get("error")) == ("dry", None) and done["state"] == "applied" and done["tick"] == 2
+    assert [e["changes"] for e in dry["effects"]] == [e["changes"] for e in done["effects"]]
+    before, then = (e["changes"][0] for e in (dry["effects"] * 2)[:2])
+    assert name in ("back", "schedule", "end") or then["was"] == before["now"]

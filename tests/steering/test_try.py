@@ -139,6 +139,36 @@ def test_a_stage_paused_by_a_person_stays_paused(running: Path) -> None:
     assert any(entry["do"] == TRIPLED for entry in steering.log(running))
 
 
+def paused_at(folder: Path, tick: int) -> None:
+    until = time.monotonic() + 120
+    while (now := steering.controls(folder))["state"] != "paused" or now["tick"] < tick:
+        assert time.monotonic() < until, now
+        time.sleep(0.05)
+    assert now["tick"] == tick
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("adopt", [True, False])
+def test_a_stage_in_the_midst_of_steps_pauses_after_them_as_it_would_have(running: Path, adopt: bool) -> None:
+    asked = steering.send(running, [{"do": "step", "n": 400}], by="bob")
+    begun = steering.wait(running, asked, seconds=120)["tick"]
+    tried = trying.run_try(trying.begin_try(running, TRIPLED, 3, by="ada"))
+    assert tried.until == begun + 400 > tried.tick
+    trying.settle(tried, adopt=adopt)
+    paused_at(running, begun + 400)
+
+
+@pytest.mark.usefixtures("warm")
+@pytest.mark.parametrize("adopt", [True, False])
+def test_a_stage_that_somebody_paused_during_a_try_stays_paused(running: Path, adopt: bool) -> None:
+    tried = trying.run_try(trying.begin_try(running, TRIPLED, 3, by="ada"))
+    steering.wait(running, steering.send(running, [{"do": "pause"}], by="bob"), seconds=120)
+    trying.settle(tried, adopt=adopt)
+    assert steering.controls(running)["state"] == "paused"
+    time.sleep(0.5)
+    paused_at(running, tried.tick)
+
+
 @pytest.mark.usefixtures("warm")
 def test_a_stage_that_is_not_running_is_tried_from_its_last_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

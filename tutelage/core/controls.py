@@ -30,6 +30,7 @@ def controls(run: Run, *, state: str) -> dict[str, Any]:
         "host": socket.gethostname(),
         "stage": run.node.name,
         "state": state,
+        "step_to": standing.step_to,
         "tick": clock.tick,
         "step": clock.step,
         "total": {"unit": clock.until, "value": clock.total[clock.until]},

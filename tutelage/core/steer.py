@@ -163,8 +163,7 @@ def decide(run: Run, request: Request) -> None:
         standing.admit(_parsed(request, place), actor=request["actor"], approved=bool(request.get("approved")))
         actions = checked(run, request, place)
         if request.get("dry"):
-            effects = [acts.effect(run, action) for action in actions]
-            return answer(run, request, state="dry", tick=run.clock.tick, effects=effects)
+            return answer(run, request, state="dry", tick=run.clock.tick, effects=acts.effects(run, actions))
         plain_acts = acts.unfolded(actions)
         effects = [acts.effect(run, action) for action in plain_acts]
         run.standing.judge(

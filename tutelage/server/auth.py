@@ -7,6 +7,8 @@ what is kept. Who a request is from is never read from its body.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import getpass
 import hashlib
 import hmac
@@ -19,6 +21,7 @@ import secrets
 import socket
 import stat
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -102,20 +105,22 @@ class Tokens:
             raise UserError(f"--new-token '{name}': letters, digits, spaces and . _ @ -, and none of {', '.join(OURS)}")
         if scope not in SCOPES or actor not in ACTORS:
             raise UserError(f"--scope is one of {', '.join(SCOPES)}, --actor one of {', '.join(ACTORS)}")
-        rows = self._rows()
-        if any(row["name"] == name for row in rows):
-            raise UserError(f"there is a token '{name}' already; take it back with --drop-token first")
         text = f"tut_{secrets.token_urlsafe(32)}"
         made = {"name": name, "scope": scope, "actor": actor, "hash": _hash(text), "made": time.time()}
-        self._write([*rows, made])
+        with self._alone():
+            rows = self._rows()
+            if any(row["name"] == name for row in rows):
+                raise UserError(f"there is a token '{name}' already; take it back with --drop-token first")
+            self._write([*rows, made])
         return text
 
     def drop(self, name: str) -> None:
         """A token is no longer good from now on; neither are sessions that it opened."""
-        rows = self._rows()
-        if not any(row["name"] == name for row in rows):
-            raise UserError(f"no token '{name}' (there are: {', '.join(row['name'] for row in rows) or 'none'})")
-        self._write([row for row in rows if row["name"] != name])
+        with self._alone():
+            rows = self._rows()
+            if not any(row["name"] == name for row in rows):
+                raise UserError(f"no token '{name}' (there are: {', '.join(row['name'] for row in rows) or 'none'})")
+            self._write([row for row in rows if row["name"] != name])
 
     def find(self, text: str) -> Who | None:
         """Whose token this is. Every hash is compared, each in constant time."""
@@ -125,12 +130,19 @@ class Tokens:
                 found = who
         return found
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes the list meanwhile."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path.with_suffix(".lock"), "w", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
     def _rows(self) -> list[dict[str, Any]]:
         self.known()  # refuses a file that is not ours
         return list(json.loads(self.path.read_text(encoding="utf-8"))["tokens"]) if self.path.exists() else []
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         before = os.umask(0o077)
         try:
             write_whole(self.path, json.dumps({"tokens": rows}, indent=1) + "\n")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tutelage.base.action import Action, parse
 from tutelage.base.errors import UserError, did_you_mean
-from tutelage.core.acts import course, data, modules, values
+from tutelage.core.acts import course, data, foreseen, modules, values
 from tutelage.core.acts.trial import Trial
 from tutelage.core.acts.values import OWN, base_rate, dropouts, factor, in_use, plain, settle, steerable, value
 from tutelage.core.measure import measure
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
 __all__ = [
-    "OWN", "Trial", "apply", "base_rate", "check", "dropouts", "effect", "factor", "in_use", "plain", "settle", "steerable",
-    "unfolded", "value",
+    "OWN", "Trial", "apply", "base_rate", "check", "dropouts", "effect", "effects", "factor", "in_use", "plain", "settle",
+    "steerable", "unfolded", "value",
 ]  # fmt: skip
 
 
@@ -148,6 +148,16 @@ def unfolded(actions: list[Action]) -> list[Action]:
 def effect(run: Run, action: Action) -> dict[str, Any]:
     """What a checked action would change, and under `undo` the actions that put it back."""
     return {"do": action.do, **ACTS[action.do][1](run, action)}
+
+
+def effects(run: Run, actions: list[Action]) -> list[dict[str, Any]]:
+    """What checked actions would change together: each as those before it would have left the stage."""
+    made, found = foreseen.sketch(run), []
+    for action in actions:
+        found.append(effect(made, action))
+        foreseen.do(made, action)
+    in_use(made, found)
+    return found
 
 
 def apply(run: Run, action: Action) -> dict[str, Any]:

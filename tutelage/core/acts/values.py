@@ -31,13 +31,14 @@ def steerable(run: Run) -> list[str]:
 
 def value(run: Run, path: str) -> Any:
     """What a steerable value is now."""
+    if path in run.steered.values:
+        return run.steered.values[path]
     if path in OWN:
-        model = run.engine.model
         now: dict[str, Callable[[], Any]] = {
             "optim.lr": lambda: base_rate(run.engine.optimizer) * factor(run),
             "optim.base": lambda: base_rate(run.engine.optimizer),
             "engine.clip": lambda: run.engine.clip,
-            "model.dropout": lambda: next(getattr(m, a) for m, a in dropouts(model)),
+            "model.dropout": lambda: run.dropouts[0],
         }
         return now[path]()
     name, _, key = path.rpartition(".")
@@ -165,6 +166,13 @@ def _rate(run: Run, group: dict[str, Any], action: Any) -> float:
 
 
 def _assign(run: Run, action: Any) -> None:
+    put_in(run, action)
+    if action.path in OWN:
+        settle(run)
+
+
+def put_in(run: Run, action: Any) -> None:
+    """Give a value its new one where it is kept; `settle` then carries the engine's and the model's to where they act."""
     if action.path in ("optim.lr", "optim.base"):
         new = [_rate(run, group, action) for group in run.engine.optimizer.param_groups]
         for group, rate in zip(run.engine.optimizer.param_groups, new, strict=True):
@@ -174,7 +182,6 @@ def _assign(run: Run, action: Any) -> None:
         new_value = action.to if action.do == "set" else value(run, action.path) * action.by
         run.steered.values.pop(action.path, None)
         run.steered.values |= {} if new_value is None else {action.path: float(new_value)}
-        settle(run)
         return
     name, _, key = action.path.rpartition(".")
     method = next(m for m in run.methods.all() if m.name() == name)
