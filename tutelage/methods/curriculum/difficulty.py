@@ -113,7 +113,7 @@ BENCH = Bench(
     metric="bits_per_byte/prose",
     better="lower",
     margin=0.01,
-    tune={"curriculum.measure": ["compression", "diversity", "readability"]},
-    tune_baseline={"optim.lr": [1e-3, 3e-3, 1e-2]},
+    tune={"curriculum.measure": ["compression", "diversity", "readability"], "optim.lr": [1e-3, 3e-3]},
+    tune_baseline={"optim.lr": [5e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2]},
     scale="0.5 B and 1 B parameters, up to 100 B tokens; as a warm-up up to 3.5 % on eight benchmarks",
 )

@@ -138,7 +138,7 @@ BENCH = Bench(
     metric="bits_per_byte",
     better="lower",
     margin=0.02,
-    tune={"mix.eta": [0.5, 2.0, 8.0]},
-    tune_baseline={"optim.lr": [1e-3, 2e-3, 4e-3]},
+    tune={"mix.eta": [0.5, 2.0, 8.0], "optim.lr": [2e-3, 4e-3]},
+    tune_baseline={"optim.lr": [5e-4, 1e-3, 2e-3, 3e-3, 4e-3, 8e-3]},
     scale="125 M to 3 B parameters; LEGO in 5 skills, 6,000 steps; what it takes to learn the graph is not counted",
 )
