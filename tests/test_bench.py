@@ -55,8 +55,11 @@ def test_every_bench_makes_a_recipe_that_resolves(name: str, tmp_path: Path) -> 
     tested = [node for node in graph.nodes.values() if bench.is_trial(node.name)]
     assert {node.root for node in tested} == {plan.stage}, "arm and baseline draw the same numbers"
     assert plan.bench.margin > 0 and plan.bench.metric and plan.bench.scale
-    lengths = {node.stage.length for node in graph.nodes.values() if not node.stage.make}
-    assert len(lengths) == 1, "measured as it was trained"
+    assert len({node.stage.length for node in tested}) == 1
+    for node in graph.nodes.values():
+        if node.stage.apply:
+            starts = {graph.nodes[name].stage.length for name in node.inputs}
+            assert starts == {node.stage.length}, "measured as it was trained"
 
 
 @pytest.mark.parametrize("name", CLAIMING)
