@@ -233,6 +233,33 @@ def test_a_repeated_stage_may_be_swept_and_each_arm_is_its_own_chain() -> None:
     }
 
 
+def test_arms_start_from_a_block_as_other_stages_do() -> None:
+    block = {
+        "repeat": 2,
+        "start": "base",
+        "stages": {"a": BASE | {"start": "previous"}, "b": {"start": "a", "apply": "m/x"}},
+    }
+    named = BASE | {"sweep": {"old": {"start": "base"}, "new": {"start": "rounds"}, "first": {"start": "rounds.1"}}}
+    listed = BASE | {"sweep": {"start": ["base", "rounds"]}}
+    found = unrolled(base=BASE, rounds=block, named=named, listed=listed)
+    starts = {name: stage["start"] for name, stage in found.items()}
+    assert starts["named--old"] == "base" and starts["named--new"] == "rounds.2.b"
+    assert starts["named--first"] == "rounds.1.b"
+    assert [start for name, start in starts.items() if name.startswith("listed")] == ["base", "rounds.2.b"]
+
+
+def test_arms_within_a_block_know_its_rounds() -> None:
+    arms = BASE | {"sweep": {"old": {"start": "previous"}, "own": {"start": "a"}}}
+    block = {
+        "repeat": 2,
+        "start": "base",
+        "stages": {"a": BASE | {"start": "previous"}, "b": arms, "c": BASE | {"start": "a"}},
+    }
+    starts = {name: stage["start"] for name, stage in unrolled(base=BASE, rounds=block).items()}
+    assert (starts["rounds.1.b--old"], starts["rounds.1.b--own"]) == ("base", "rounds.1.a")
+    assert (starts["rounds.2.b--old"], starts["rounds.2.b--own"]) == ("rounds.1.c", "rounds.2.a")
+
+
 @pytest.mark.parametrize(
     ("stage", "line"),
     [

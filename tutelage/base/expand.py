@@ -59,8 +59,18 @@ def _unroll(stages: Map) -> Map:
                 previous = inner
             last[f"{name}.{k}"] = last[name] = previous
     for stage in out.values():
-        _rename(stage, {old: new for old, new in last.items() if old not in out})
+        for form in _forms(stage):
+            _rename(form, {old: new for old, new in last.items() if old not in out})
     return out
+
+
+def _forms(stage: Any) -> list[Any]:
+    """A stage, and what its arms make otherwise."""
+    sweep = stage.get("sweep") if isinstance(stage, Map) else None
+    if not isinstance(sweep, Map):
+        return [stage]
+    starts = [Map({"start": sweep["start"]})] if isinstance(sweep.get("start"), list) else []
+    return [stage, *(arm for arm in sweep.values() if isinstance(arm, Map)), *starts]
 
 
 def _rounds(name: str, stage: Map) -> list[Map]:
@@ -88,11 +98,12 @@ def _rounds(name: str, stage: Map) -> list[Map]:
         a_round = Map(at=stage.at)
         for old, written in inner.items():
             written = deepcopy(written)
-            _rename(written, {old: new for old, new in names.items() if old})
-            if isinstance(written, Map):
-                if not block and k > 1:
-                    written["start"] = "previous"
-                _put_previous(written, previous, f"{at(written, ('start',))}stages.{names[old]}.start")
+            if isinstance(written, Map) and not block and k > 1:
+                written["start"] = "previous"
+            for form in _forms(written):
+                _rename(form, {old: new for old, new in names.items() if old})
+                if isinstance(form, Map):
+                    _put_previous(form, previous, f"{at(form, ('start',))}stages.{names[old]}.start")
             a_round.put(names[old], written, inner.places.get(old) or stage.at)
         previous = list(a_round)[-1]
         rounds.append(a_round)
