@@ -39,10 +39,12 @@ def do(made: Run, action: Action) -> None:
         for act in action.acts or []:
             do(made, parse(act, place="undo"))
     elif action.do == "rollback":
-        if (
-            made.folder / "state" / f"{int(action.to):09d}" / "state.json"
-        ).exists():  # or the request makes it: it is now
-            for key, count in checkpoint.counts_at(made, int(action.to)).items():
+        tick, world = int(action.to), made.engine.world
+        there = (
+            not world.rank and (made.folder / "state" / f"{tick:09d}" / "state.json").exists()
+        )  # rank 0's disk decides
+        if world.largest(int(there)):  # else this request makes it, as things are now
+            for key, count in checkpoint.counts_at(made, tick).items():
                 setattr(made.clock, key, count)
     elif action.do in DONE:
         DONE[action.do](made, action)
