@@ -30,6 +30,7 @@ class Storm:
     spare: dict[str, Any]  # a source that may be added
     sent: int = 0
     made: int = 0  # sources that were added so far
+    several: bool = False  # each request has a few actions, valid by themselves, and is asked dry first
     last: tuple[str, bool, Do, Callable[[Any], bool]] | None = None
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -37,10 +38,18 @@ class Storm:
     def look(self, stage: Any) -> None:
         """Called between steps, before requests are read."""
         if self.last:
-            self.checked(stage)
+            (self.compared if self.several else self.checked)(stage)
         if self.sent == self.count:
             put(self.home, "end", {"by": "ada", "do": [{"do": "end_stage"}, {"do": "resume"}]})
             self.last, self.sent = None, self.sent + 1
+        elif self.sent < self.count and self.several:
+            name = f"r{self.sent:06d}"
+            acts = [self.valid(stage)[0] for _ in range(self.rng.randint(2, 4))]
+            do = [*acts, {"do": "pause"}]  # so that it is looked at right after
+            for id, dry in ((f"{name}-dry", True), (f"{name}-now", False)):
+                put(self.home, id, {"by": "ada", "actor": "person", "do": do, "dry": dry})
+            self.last = (name, True, {"do": do}, lambda stage: True)
+            self.sent += 1
         elif self.sent < self.count:
             name, valid = f"r{self.sent:06d}", self.rng.random() < 0.5
             do, seen = self.valid(stage) if valid else (self.invalid(stage), lambda stage: True)
@@ -66,6 +75,19 @@ class Storm:
             )
         elif valid and not seen(stage):
             self.wrong.append(f"{name}: {do} was applied and is not seen")
+
+    def compared(self, stage: Any) -> None:
+        """Asked dry, a request is refused as it is in earnest, or shows what it then does."""
+        assert self.last
+        name, _, do, _ = self.last
+        dry, now = (answer(self.home, f"{name}-{which}") for which in ("dry", "now"))
+        self.counts[now["state"]] += 1
+        if (dry["state"], dry.get("error")) != ({"applied": "dry"}.get(now["state"], now["state"]), now.get("error")):
+            self.wrong.append(
+                f"{name}: {do} was {dry['state']} ({dry.get('error')}), then {now['state']} ({now.get('error')})"
+            )
+        elif now["state"] == "applied" and changes(dry) != changes(now):
+            self.wrong.append(f"{name}: {do} showed {changes(dry)} and did {changes(now)}")
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -207,7 +229,11 @@ class Storm:
         ])  # fmt: skip
 
 
-def storm(folder: Path, *, count: int, seed: int) -> Storm:
+def changes(told: dict[str, Any]) -> list[Any]:
+    return [effect.get("changes") for effect in told["effects"]]
+
+
+def storm(folder: Path, *, count: int, seed: int, several: bool = False) -> Storm:
     """Send `count` requests to the toy's first stage; what became of them."""
     home = folder / "runs/toy/one/1"
     sources: dict[str, Any] = {}
@@ -221,7 +247,7 @@ def storm(folder: Path, *, count: int, seed: int) -> Storm:
 
     made = graph(folder, steps=400, change=change)
     source = sources["b"] if isinstance(sources["b"], dict) else {"path": sources["b"]}
-    found = Storm(home, count, random.Random(seed), source)
+    found = Storm(home, count, random.Random(seed), source, several=several)
     put(home, "halt", {"by": "ada", "do": [{"do": "pause"}]})
     collect = steer.collect
 

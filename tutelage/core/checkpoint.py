@@ -99,10 +99,16 @@ def roll_back(run: Run, *, tick: int, skip: bool) -> None:
 
 def counts_at(run: Run, tick: int) -> dict[str, float]:
     """What the clock counted at a save; rank 0's disk tells."""
+    clock = facts_at(run, tick)["clock"]
+    return {key: clock[key] for key in COUNTS}
+
+
+def facts_at(run: Run, tick: int) -> dict[str, Any]:
+    """A save's clock and its place in the data; rank 0's disk tells."""
     place, found = run.folder / "state" / f"{tick:09d}" / "state.json", {}
     if not run.engine.world.rank:
-        clock = json.loads(place.read_text(encoding="utf-8"))["clock"]
-        found = {key: clock[key] for key in COUNTS}
+        facts = json.loads(place.read_text(encoding="utf-8"))
+        found = {key: facts[key] for key in ("clock", "stream")}
     return dict(run.engine.world.agree(found))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import lru_cache
 from hashlib import blake2b
 from numbers import Real
@@ -293,6 +294,12 @@ class Stream:
         self._accounts: dict[str, _Account] = {}
         for name, order in orders.items():
             self.add(name, order=order)
+
+    def copy(self) -> Stream:
+        """Another one that stands where this one does, and draws without moving it."""
+        made = Stream({}, unit=self.unit)
+        made._accounts = {name: copy(account) for name, account in self._accounts.items()}
+        return made
 
     def add(self, name: str, *, order: Order) -> None:
         """A new source, at the beginning of its order and owed nothing. Its weight decides from the next draw on."""
