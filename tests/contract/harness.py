@@ -127,6 +127,9 @@ def apply(case: Case, stages: dict[str, Any]) -> None:
     """The method makes a stage of its own from those before it: one to grow, several to merge."""
     two = stages["two"]
     start = ["one", "two"] if "tensor" in case.cls.hooks() else ["one"]
+    if case.cls.unrelated:
+        stages["other"] = {**two, **{key: stages["one"][key] for key in ("start", "tokenizer")}}
+        start = ["one", "other"]
     if case.cls.wants_base:
         stages["other"] = {**two, "seed": 1}
         start.append("other")

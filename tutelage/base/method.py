@@ -26,6 +26,7 @@ class Method(BaseModel):
     refs: ClassVar[frozenset[str]] = frozenset()  # frozen models it asks `view.ref` for
     wants_base: ClassVar[bool] = False  # a merge whose first input is what the others are compared with
     takes: ClassVar[int | None] = None  # how many models a merge starts from, a base among them; any number
+    unrelated: ClassVar[bool] = False  # a merge for models that share no start: it is tried on such
     steerable: ClassVar[frozenset[str]] = frozenset()  # fields that an action may set in a running stage
     guards: ClassVar[bool] = False  # a policy that is asked what to do about a loss that is no number
     freezes: ClassVar[bool] = True  # a wrapper: what it does not wrap is not trained, unless `train` says so

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class Site:
     seed: int
     stage: str  # without its arm
     names: tuple[str, ...] = ()  # of all tensors that are merged
+    inputs: tuple[Weights, ...] = ()  # the models that are merged, a base among them
+    config: dict[str, Any] = field(default_factory=dict)  # of the first of them
+
+    def read(self, i: int, name: str) -> Tensor:
+        """Another tensor of one of the models that are merged, in float32."""
+        return self.inputs[i][name].to(torch.float32)
 
     def rng(self, purpose: str) -> torch.Generator:
         """A CPU generator that depends on seed, stage and purpose only, whatever was merged before."""
@@ -130,7 +136,8 @@ def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: 
             )
     about = inputs[0].about
     wide = {name: about[name].size // max(1, math.prod(about[name].shape)) for name in names}  # bytes of an entry
-    site = replace(site, names=tuple(names))
+    config = json.loads(text) if (text := _text(folders[0] / "config.json")) else {}
+    site = replace(site, names=tuple(names), inputs=tuple(inputs), config=config)
     names.sort(key=lambda name: -wide[name])  # so that each begins at a multiple of its entries' size
     shards = sharded({name: about[name].size for name in names})
     index: dict[str, str] = {}
@@ -143,6 +150,10 @@ def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: 
         total = sum(about[name].size for name in names)
         whole: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": index}
         (out / "model.safetensors.index.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def sharded(sizes: dict[str, int]) -> list[list[str]]:
