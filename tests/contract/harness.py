@@ -128,13 +128,15 @@ def apply(case: Case, stages: dict[str, Any]) -> None:
     two = stages["two"]
     start = ["one", "two"] if "tensor" in case.cls.hooks() else ["one"]
     if case.cls.unrelated:
-        stages["other"] = {**two, **{key: stages["one"][key] for key in ("start", "tokenizer")}}
-        start = ["one", "other"]
+        name = "foreign" if case.cls.tokenizer_of else "stranger"
+        tokenizer = {"train": "bpe", "vocab": 300} if case.cls.tokenizer_of else stages["one"]["tokenizer"]
+        stages[name] = {**two, "start": stages["one"]["start"], "tokenizer": tokenizer}
+        start = ["one", name]
     if case.cls.wants_base:
         stages["other"] = {**two, "seed": 1}
         start.append("other")
         start = start[: case.cls.takes]
-    if start == ["one"]:
+    if "two" not in start:
         del stages["two"]
     stages["applied"] = {
         "start": start if len(start) > 1 else "one",

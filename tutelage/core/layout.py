@@ -68,6 +68,18 @@ def layout(config: dict[str, Any]) -> Layout:
     )
 
 
+def per_token(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the weights with a row for each token of the vocabulary; of tied ones a file holds but one.
+
+    Raises `UserError` for a configuration without `vocab_size`.
+    """
+    if not isinstance(config.get("vocab_size"), int):
+        raise UserError(f"{config.get('model_type')}: the configuration gives no vocab_size")
+    model, more = outline(config), outline({**config, "vocab_size": config["vocab_size"] + 1}).state_dict()
+    files = saved_names(model)
+    return tuple(files[n] for n, t in model.state_dict().items() if t.ndim and more[n].shape[0] > t.shape[0])
+
+
 def saved_names(model: nn.Module) -> dict[str, str]:
     """The name in files of every entry of the state dict: transformers saves some under a name of an older version."""
     from transformers.core_model_loading import revert_weight_conversion

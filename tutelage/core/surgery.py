@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,27 @@ class Site:
     seed: int
     stage: str  # without its arm
     names: tuple[str, ...] = ()  # of all tensors that are merged
-    inputs: tuple[Weights, ...] = ()  # the models that are merged, a base among them
-    config: dict[str, Any] = field(default_factory=dict)  # of the first of them
+    inputs: tuple[Weights, ...] = ()  # the starts, a base among them
+    configs: tuple[dict[str, Any], ...] = ()  # of each
 
     def read(self, i: int, name: str) -> Tensor:
-        """Another tensor of one of the models that are merged, in float32."""
+        """A tensor of one of the starts, in float32."""
         return self.inputs[i][name].to(torch.float32)
+
+    def tokens(self, i: int) -> dict[str, int]:
+        """The tokens of a start's tokenizer, those added to it among them, and the row that each has."""
+        from tokenizers import Tokenizer
+
+        place = self.inputs[i].folder / "tokenizer.json"
+        if not place.exists():
+            raise UserError(f"{place.parent} has no tokenizer.json to read tokens from")
+        return dict(Tokenizer.from_file(str(place)).get_vocab(with_added_tokens=True))
+
+    def per_token(self, config: dict[str, Any]) -> tuple[str, ...]:
+        """See `core.layout.per_token`."""
+        from tutelage.core.layout import per_token
+
+        return per_token(config)
 
     def rng(self, purpose: str) -> torch.Generator:
         """A CPU generator that depends on seed, stage and purpose only, whatever was merged before."""
@@ -75,7 +90,9 @@ def transform(
     method: Method, folders: list[Path], out: Path, *, place: str, seed: int = 0, stage: str = "applied"
 ) -> None:
     """Fill `out` with what a method's `tensor` or `grow` hook makes of the starts, config and tokenizer beside it."""
-    copy_beside(folders[0], out)
+    if len(folders) <= method.tokenizer_of:
+        raise UserError(f"{place}.start: {method.name()} takes {method.takes} models; here is one alone")
+    copy_beside(folders[method.tokenizer_of], out)
     if "tensor" in method.hooks():
         merge(method, folders, out, Site(seed, stage), place=place)
         return
@@ -83,11 +100,12 @@ def transform(
         raise UserError(
             f"{place}.apply: {method.name()} does not transform weights; it has neither `tensor` nor `grow`"
         )
-    if len(folders) != 1:
-        raise UserError(f"{place}.start: {method.name()} grows one model (here {len(folders)})")
-    weights = Weights(folders[0])
-    config = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
-    config, tensors = method.grow(config, {name: weights[name] for name in weights}, Site(seed, stage))
+    if len(folders) != (method.takes or 1):
+        what = f"takes {method.takes} models" if method.takes else "grows one model"
+        raise UserError(f"{place}.start: {method.name()} {what} (here {len(folders)})")
+    inputs, configs = tuple(map(Weights, folders)), tuple(map(_config, folders))
+    first = {name: inputs[0][name] for name in inputs[0]}
+    config, tensors = method.grow(configs[0], first, Site(seed, stage, inputs=inputs, configs=configs))
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_tensors(out / "model.safetensors", tensors)
     if method.keeps_function():
@@ -136,8 +154,7 @@ def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: 
             )
     about = inputs[0].about
     wide = {name: about[name].size // max(1, math.prod(about[name].shape)) for name in names}  # bytes of an entry
-    config = json.loads(text) if (text := _text(folders[0] / "config.json")) else {}
-    site = replace(site, names=tuple(names), inputs=tuple(inputs), config=config)
+    site = replace(site, names=tuple(names), inputs=tuple(inputs), configs=tuple(map(_config, folders)))
     names.sort(key=lambda name: -wide[name])  # so that each begins at a multiple of its entries' size
     shards = sharded({name: about[name].size for name in names})
     index: dict[str, str] = {}
@@ -152,8 +169,9 @@ def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: 
         (out / "model.safetensors.index.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def sharded(sizes: dict[str, int]) -> list[list[str]]:

@@ -54,7 +54,7 @@ class OptimalTransport(Method):
         if not sum(weights):
             raise UserError("merge/optimal_transport.weights: they add up to 0")
         if self._layout is None:
-            self._layout = view.layout(view.config)
+            self._layout = view.layout(view.configs[0])
         axes = self._layout.axes.get(name)
         if axes is None:
             raise UserError(
