@@ -27,7 +27,9 @@ SCRIPT: dict[int, list[list[tuple[str, dict[str, Any]]]]] = {
         [("new", ask({"do": "reset", "modules": ["*norm*"]})),
                                            ("say", ask({"do": "sample", "prompt": "a", "tokens": 3}))]],
     5: [[("look", ask({"do": "eval"}))], [("on", ask({"do": "resume"}))]],
-    6: [[("back", ask({"do": "rollback", "to": 1})), ("drop", ask({"do": "drop_source", "name": "b"}))]],
+    6: [[("guess", ask({"do": "rollback", "to": 1}, {"do": "skip_data", "source": "b", "rows": 1},
+                       {"do": "scale", "path": "optim.lr", "by": 0.5}, {"do": "unfreeze", "modules": ["*mlp*"]}, dry=True)),
+         ("back", ask({"do": "rollback", "to": 1})), ("drop", ask({"do": "drop_source", "name": "b"}))]],
     9: [[("undo", ask({"do": "undo", "id": "cold"}))]],
     10: [[("bad", ask({"do": "set", "path": "optim.lr", "to": 1e-3}, {"do": "mix", "weights": {"nobody": 1}}))]],
 }  # fmt: skip
@@ -74,9 +76,11 @@ def test_after_every_action_both_ranks_hold_the_same_state(tmp_path: Path, monke
     assert mine == theirs and len(mine) > 8
     names = [name for looks in SCRIPT.values() for look in looks for name, _ in look]
     states = {name: answer(home, name)["state"] for name in names}
-    assert states == {**dict.fromkeys(names, "applied"), "bad": "refused"}
+    assert states == {**dict.fromkeys(names, "applied"), "bad": "refused", "guess": "dry"}
+    then = json.loads((home / "state/000000001/state.json").read_text())["stream"]["sources"]["b"]["cursor"][0]
+    assert answer(home, "guess")["effects"][1]["changes"][0]["was"] == then
     assert isinstance(answer(home, "say")["effects"][0]["text"], str)
-    assert [line["id"] for line in journal(home) if line["by"] == "ada"] == [name for name in names if name != "bad"]
+    assert [line["id"] for line in journal(home) if line["by"] == "ada"] == [name for name in names if name not in ("bad", "guess")]
 
 
 def test_what_one_rank_cannot_do_none_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
