@@ -1,11 +1,12 @@
 """Preferences in pretraining: each document has a reward, and what is bad is told apart, left out, unlearned or weighed less.
 
 Paper:   Korbak et al. 2023, arXiv:2302.08582; unlikelihood: Welleck et al. 2020, arXiv:1908.04319
-Use:     `objective: {use: condition/preference, …}`. `conditional` first: documents begin with `good` or `poor`, and who asks
-    the model afterwards begins with `good` (`prompt` of probe/matches, `prompts` of probe/sample; held-out text that
-    is to be measured so has it in the record, masked). `unlikelihood`: the paper has 1 for `alpha`, `reward_weighted`: 10 for
-    `beta` with toxicity; both lost more of the language than they spared. The reward is a field of the records (a
-    filter's `quality`), or minus the matches of `violation`
+Use:     `objective: {use: condition/preference, …}`. `conditional` first, which had the best trade-off in the paper:
+    documents begin with `good` or `poor`, and who asks the model afterwards begins with `good` (`prompt` of
+    probe/matches, `prompts` of probe/sample; held-out text that is to be measured so has it in the record, masked).
+    `alpha`: the authors have 1 for toxicity, 0.01 for the style of code; `beta`: 10. The reward is a field of the
+    records (a filter's `quality`), or minus the matches of `violation`; what else a program is to say of documents
+    comes as a field, from a generator (`use: package.module:Class`) or a `make` stage
 Works:   causal models of text, packed or not. A document without the field is learned as in plain training
 Costs:   `conditional`: a prefix's positions; the others nothing but a number a document; with `violation`, once, reading
     all text
@@ -187,9 +188,10 @@ def _asked(prompt: str) -> list[Any]:
 BENCH = Bench(
     base="recipes/bench/manners.yaml",
     arm={
-        "objective": {"use": "condition/preference", "violation": RUDE},
-        "keep": {"polite": {"args": {"only": "good", "said": "<|good|>"}}},
-        "evals": {"run": _asked("<|good|>")},
+        # with bytes as tokens the paper's `<|good|>` would be eight; here it is one that the text does not have, as there
+        "objective": {"use": "condition/preference", "violation": RUDE, "good": "+", "poor": "-"},
+        "keep": {"polite": {"args": {"only": "good", "said": "+"}}},
+        "evals": {"run": _asked("+")},
     },
     baseline={"evals": {"run": _asked("")}},
     metric="matches",

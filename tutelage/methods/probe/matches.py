@@ -1,12 +1,12 @@
 """Matches: in which share of the model's samples a rule finds what it looks for.
 
-Paper:   Korbak et al. 2023, arXiv:2302.08582, who count misaligned samples of a model
+Paper:   Korbak et al. 2023, arXiv:2302.08582, who score what a model writes
 Use:     `pattern`, a regular expression of what should not be written; `prompt` with what the model was told to begin with
     (`<|good|>` after condition/preference). 256 samples tell shares that are 0.1 apart
 Works:   models that write text
 Costs:   `count` × `tokens` of generation at each measurement
 With:    bits per byte beside it, for a model that writes nothing of use has no matches either
-Differs: a rule where the paper has classifiers for two of its tasks; temperature 1 of the whole distribution, where the
+Differs: a share of samples where the paper has their mean score; temperature 1 of the whole distribution, where the
     paper has 0.7 and 0.9 of the probability
 """
 
