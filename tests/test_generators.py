@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import islice
 from math import log2
 
-from bench import ciphers, duplicated, grammars, undecoded
+from bench import ciphers, duplicated, grammars, manners, undecoded
 from bench.grammars import LETTERS, Sentences
 
 
@@ -121,3 +121,17 @@ def test_ciphers_of_the_same_prose_are_told_apart_by_their_letters_alone(monkeyp
     back = {new: old for old, new in ciphers.cipher(1).items()}
     assert one[0]["text"].translate(back) == plain[0]["text"]
     assert one[0]["text"][3] == " " and one[0]["text"][4].isupper()
+
+
+def test_manners_are_the_same_for_the_same_seed_and_their_rewards_count_rude_words():
+    records = list(manners.Manners(2000))
+    assert records == list(manners.Manners(2000)) != list(manners.Manners(2000, seed=1))
+    for record in records:
+        said = [word.strip(".?") for word in record["text"].split()]
+        assert record["reward"] == -sum(word in manners.RUDE for word in said)
+    assert 0.25 < sum(record["reward"] < 0 for record in records) / len(records) < 0.35
+    assert {r["reward"] < 0 for r in manners.Manners(50, only="bad")} == {True}
+    told = list(manners.Manners(50, only="good", said="<|good|>"))
+    plain = list(manners.Manners(50, only="good"))
+    assert [r["text"] for r in told] == ["<|good|>" + r["text"] for r in plain]
+    assert all(r["mask"] == [[0, 8]] and r["reward"] == 0 for r in told)

@@ -15,6 +15,7 @@ from tutelage.methods.objective.masked_lm import MaskedLM
 from tutelage.methods.objective.prefix_lm import PrefixLM
 from tutelage.methods.probe.bits_per_byte import BitsPerByte
 from tutelage.methods.probe.forgetting import Forgetting
+from tutelage.methods.probe.matches import Matches
 from tutelage.methods.probe.minimal_pairs import MinimalPairs
 from tutelage.methods.probe.sample import Sample
 
@@ -218,3 +219,22 @@ def test_minimal_pairs_says_what_is_missing(tmp_path):
 
 def test_characters_decode_to_what_they_were():
     assert decode(batch_of(["Grüße 日本"])["tokens"][0].tolist()) == "Grüße 日本"
+
+
+def test_matches_are_the_share_of_samples_in_which_the_rule_finds_something_the_prompt_aside():
+    view = view_of(objective=CausalLM())
+    asked = {}
+
+    def generate(**settings):
+        asked.update(settings)
+        return ["a darn cat", "darning", "DARN", "two darn darn dogs"]
+
+    view.generate = generate
+    method = Matches(pattern=r"\bdarn\b", prompt="darn ", count=4, tokens=9)
+    found = method.measure(view.engine.model, view)
+    assert found == {"matches": 0.5, "sample/matches": "darn  ⟶ a darn cat"}
+    assert asked["prompts"] == ["darn "] * 4 and asked["tokens"] == 9 and asked["temperature"] == 1.0
+    with pytest.raises(ValueError, match="no regular expression"):
+        Matches(pattern="(")
+    with pytest.raises(UserError, match="writes no text"):
+        method.measure(None, view_of("bert", objective=MaskedLM()))

@@ -124,6 +124,8 @@ class Modality(Protocol):
     ) -> Source:
         """The source with what `write` puts before each document, given their records: read, never learned.
 
+        A record also has `text`, all that its document says, which is read when it is asked for.
+
         Every piece also brings `plain`: the token that a position holds without it, below 0 where there is none.
         """
         ...

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,19 @@ Write = Callable[[Iterator[dict[str, Any]]], Iterator[str]]  # records of docume
 NONE = -1  # in `plain`: a position that is not there without the prefix
 
 
+class Told(dict[str, Any]):
+    """A document's record, which also has its `text`: read when it is asked for, as few methods do."""
+
+    def __init__(self, record: dict[str, Any], read: Callable[[], str]) -> None:
+        super().__init__(record)
+        self._read = read
+
+    def __missing__(self, key: str) -> str:
+        if key != "text":
+            raise KeyError(key)
+        return self._read()
+
+
 class Prefixed:
     """A text source with a prefix for each document. See core/stream.py for what a source is.
 
@@ -35,7 +49,8 @@ class Prefixed:
     def __init__(self, base: TextSource, write: Write, *, tokenizer: Any, length: int) -> None:
         encoder = Encoder(tokenizer)
         texts: dict[str, int] = {}
-        self._of = np.array([texts.setdefault(text, len(texts)) for text in write(base.records())], np.int32)  # [D]
+        records = (Told(record, partial(base.text, doc)) for doc, record in enumerate(base.records()))
+        self._of = np.array([texts.setdefault(text, len(texts)) for text in write(records)], np.int32)  # [D]
         self._texts = list(texts)
         self._ids = [ids.astype(np.int64) for ids in encoder.ids(self._texts)]
         sizes = np.array([len(ids) for ids in self._ids], np.int64)

@@ -134,6 +134,11 @@ class TextSource:
         """The first token of a document."""
         return int(self._tokens[self._offsets[doc]])
 
+    def text(self, doc: int) -> str:
+        """All that a document says, read back from its tokens."""
+        ids = self._tokens[self._offsets[doc] : self._offsets[doc + 1]].astype(np.int64)
+        return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
     def records(self) -> Iterator[dict[str, Any]]:
         """Source, file, line, id, bytes and remaining metadata of every document, in order, a few at a time."""
         import pyarrow.parquet as pq
