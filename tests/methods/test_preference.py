@@ -22,7 +22,15 @@ REWARDS = [0.5, -1.0, None, 2.0]
 
 
 def record(number=0, **meta):
-    return {"source": "web", "file": "a.jsonl", "line": number, "id": str(number), "bytes": 9, "meta": meta}
+    return {
+        "source": "web",
+        "drawn_as": "web",
+        "file": "a.jsonl",
+        "line": number,
+        "id": str(number),
+        "bytes": 9,
+        "meta": meta,
+    }
 
 
 def written(records, *, seed=0, **settings):
@@ -191,3 +199,20 @@ def test_the_other_ways_train_and_leave_documents_that_they_do_not_prefer_less_l
     found = run({"use": "condition/preference", **settings}, tmp_path / "found")
     assert found[1] > plain[1] + 0.1, "numbers are bad"
     assert found[0] < plain[0] + 0.3, "words are not"
+
+
+def test_replayed_documents_have_rewards_of_their_own(tmp_path):
+    """Replayed rows are drawn under another name than their source's own, which a source of the stage may have, too."""
+
+    def change(recipe):
+        two = recipe["stages"]["two"]
+        two["data"] = {"a": two["data"]["b"]}  # named as the replayed one
+        two["methods"] = [{"use": "continual/replay", "rate": 0.5}]
+        two["objective"] = {"use": "condition/preference", "by": "filtering", "violation": r"\d"}
+
+    made = toy.graph(tmp_path, steps=4, change=change)
+    result = run_graph(made, only=None, jobs=0, drift="refuse", tell=lambda stage, said: None)
+    assert not result.failed
+    for row in toy.numbers(made.nodes["two"].folder, kind="train"):
+        share = row["counted"] / ((1 - row["padding"]) * row["rows"] * row["length"])
+        assert 0.3 < share < 0.7, "words are learned, which are half of a step, and numbers are not"

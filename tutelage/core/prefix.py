@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 from tutelage.base.errors import UserError
@@ -25,5 +25,15 @@ def prefixed(name: str, source: Source, *, node: Node, methods: Methods, process
         both = " and ".join(method.name() for method in owners)
         raise UserError(f"stages.{node.name}.methods: {both} both write what documents begin with; keep one")
     rng = random.Random(randomness.seed_of(node.seed, node.root, 0, f"prefix|{name}"))
-    write = partial(owners[0].prefix, rng=rng)
+
+    def write(records: Iterator[dict[str, Any]]) -> Iterator[str]:
+        return owners[0].prefix(_drawn_as(name, records), rng=rng)
+
     return node.graph.modality.prefixed(source, write, processor=processor, length=node.stage.length)
+
+
+def _drawn_as(name: str, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each record with `drawn_as`: what rows of a step call its source, which a replayed one's own name is not."""
+    for record in records:
+        record["drawn_as"] = name
+        yield record

@@ -79,10 +79,10 @@ class Preference(Method):
         record of a source has one.
         """
         rewards: list[float] = []
-        name, known = "", set[str]()
+        name, drawn_as, known = "", "", set[str]()
         for record in records:
-            name = record["source"]
-            known |= {*record, *record["meta"]} if len(known) < 100 else set()
+            name, drawn_as = record["source"], record["drawn_as"]
+            known |= {"id", "line", "bytes", *record["meta"]} if len(known) < 100 else set()
             value = self._reward(record)
             rewards.append(value)
             bare = rng.random() < self.bare or math.isnan(value)
@@ -93,12 +93,12 @@ class Preference(Method):
                 f"{did_you_mean(self.reward, known)} (fields: {', '.join(sorted(known))}); name another `reward`, or "
                 "write a `violation`"
             )
-        self._rewards[name] = torch.tensor(rewards, dtype=torch.float64)
+        self._rewards[drawn_as] = torch.tensor(rewards, dtype=torch.float64)
 
     def _reward(self, record: dict[str, Any]) -> float:
         """A record's reward, NaN where it has none. UserError where it is no number."""
         if self.violation is not None:
-            return -float(sum(1 for _ in re.finditer(self.violation, record["text"])))
+            return 0.0 - sum(1 for _ in re.finditer(self.violation, record["text"]))
         value = {**{key: record[key] for key in ("id", "line", "bytes")}, **record["meta"]}.get(self.reward)
         if value is None:
             return math.nan
