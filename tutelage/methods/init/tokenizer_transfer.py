@@ -11,7 +11,8 @@ Works:   models of text with a `vocab_size`; tokenizers with a tokenizer.json, w
 Costs:   one product of (other tokens) × (shared tokens) × width; the helper's own training
 With:    schedule/rewarm in the stage that follows; continual/lwf and others that compare answers cannot, tokens differ
 Differs: a head of its own (and biases of tokens) is made like the embeddings, where the authors' code leaves it to chance;
-         rows beyond the helper's tokens are the mean. `others: mean` and `random` are what the paper compares with
+         rows beyond the helper's tokens are the mean. Cosines are taken as they are, as in that code: where they nearly
+         cancel, a row comes out long. `others: mean` and `random` are what the paper compares with
 """
 
 from __future__ import annotations
