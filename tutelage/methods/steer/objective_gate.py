@@ -8,7 +8,9 @@ Costs:   hidden states of every block are kept; in a compression phase a Gram ma
 With:    the phase is `steer/objective_gate.phase`: a person may set it, and every switch is in the journal
 Differs: entropy of order 2, as in the author's code, so that no eigenvalues are needed; patches within one document, and
     tokens outside a whole patch weigh nothing; the losses are smoothed; the gate sees the step's loss, not a held-out
-    one; blocks other than the first and the last, averaged, where the paper takes them in turn
+    one; blocks other than the first and the last, averaged, where the paper takes them in turn; both phases begin
+    with no least loss, where the author's code keeps the one it has when plain learning begins again, so that what
+    is won back after a rise counts as progress here alone
 """
 
 from __future__ import annotations
