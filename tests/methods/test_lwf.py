@@ -53,6 +53,23 @@ def test_value_and_gradient_are_the_formulas():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_a_quarter_at_temperature_two_pulls_as_the_papers_loss_with_a_weight_of_one():
+    view = view_of(objective=CausalLM())
+    moved(view.engine.model)
+    batch = batch_of(TEXTS)
+    params = list(view.engine.params.values())
+    ours = LwF(strength=0.25, temperature=2.0).auxiliary(view.engine.out(batch), batch, view).total
+    inputs = {"input_ids": batch["tokens"], "attention_mask": batch["segments"]}
+    keep = batch["labels"] != IGNORE
+    with torch.no_grad():
+        then = tiny("gpt2").eval()(**inputs).logits.softmax(-1)[keep].sqrt()
+    targets = then / then.sum(-1, keepdim=True)  # recorded probabilities to the power of 1/T, over their sum
+    papers = -(targets * (view.engine.model(**inputs).logits / 2).log_softmax(-1)[keep]).sum()
+    found, wanted = (torch.autograd.grad(loss, params, allow_unused=True) for loss in (ours, papers))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_row_weights_multiply_it():
     view = view_of(objective=CausalLM())
     moved(view.engine.model)

@@ -404,6 +404,23 @@ def test_a_rise_of_the_loss_ends_compression_at_once():
     assert found == [False, False, False, True]
 
 
+def test_a_rise_is_one_above_the_first_loss_of_the_compression_too():
+    policy = ObjectiveGate(phase=1.0, spike=0.1)
+    assert asked(policy, [2.0, 2.3]).keys() == {2}  # the first loss is that of weights not yet compressed
+    moved_by_a_person = ObjectiveGate(plain=9, spike=0.1)
+    assert asked(moved_by_a_person, [1.0, 2.0]) == {}
+    moved_by_a_person.phase = 1.0
+    assert asked(moved_by_a_person, [2.0, 2.1, 2.3], since=3).keys() == {5}
+
+
+def test_after_a_rise_plain_learning_begins_with_no_least_loss():
+    policy = ObjectiveGate(phase=1.0, spike=0.1, plain=2, delta=0.05)
+    assert asked(policy, [2.0, 2.3]).keys() == {2}
+    policy.phase = 0.0
+    won_back = [2.3, 2.2, 2.1, 2.04]  # each of them above the least loss of the compression, and each progress
+    assert asked(policy, [*won_back, 2.04, 2.04], since=3).keys() == {8}
+
+
 def test_a_refused_switch_is_asked_for_again_only_after_another_patience():
     assert list(asked(ObjectiveGate(plain=4), [2.0] * 20)) == [5, 10, 15, 20]
 

@@ -1,12 +1,14 @@
 """Learning without Forgetting: on the new data, answer as the start model would.
 
 Paper:   Li & Hoiem 2016, arXiv:1606.09282
-Use:     strength 0.1–1 at temperature 1 or 2; needs none of the old data
+Use:     strength 0.1–1 at temperature 1 or 2 (the paper: 2, its weight of 1 is a strength of 0.25); needs none of the
+    old data
 Works:   models with a token head; the start must have the same vocabulary
 Costs:   a frozen copy of the start model and its forward pass: a third more compute
 With:    adds to penalties; with continual/replay the replayed rows are distilled too
-Differs: whole distributions over tokens where the paper has the old tasks' class heads; the divergence is exact, chunk
-    by chunk, over the positions that the objective counts
+Differs: whole distributions over tokens where the paper has the old tasks' class heads, and so no new head that is
+    warmed up by itself first; the divergence is exact, chunk by chunk, over the positions that the objective counts,
+    and times T², so that a strength means the same at every temperature, where the paper and its code leave that out
 """
 
 from __future__ import annotations

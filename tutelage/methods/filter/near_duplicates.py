@@ -10,8 +10,10 @@ Costs:   every document is read twice; about 8 KB of memory a document (128 perm
     a CPU core for 1,000 words, on as many cores as `engine: {threads: …}` gives. Many copies of one text cost like one;
     a cluster of n that all differ costs n² comparisons
 With:    any stage that learns from rows: `data: {web: {stage: filtered}}`; tags are metadata for condition/metadata
-Differs: one step of the paper's pipeline, which filters by quality and samples by attribute as well; clusters are
-    connected through pairs that are estimated to be alike, and never compared word by word
+Differs: one step of the paper's pipeline, which filters by quality and samples by attribute as well; stretches of words
+    by default, 128 permutations and the bands that suit the threshold best, where NeMo Curator, the tool of the
+    authors' house, takes 5 characters and 20 bands of 13; clusters are connected through pairs that are estimated to
+    be alike, and never compared word by word, where that tool by default compares with two anchors of a bucket
 """
 
 from __future__ import annotations

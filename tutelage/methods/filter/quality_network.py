@@ -12,7 +12,8 @@ With:    any stage that learns from rows: `data: {web: {stage: filtered}}`, the 
 Differs: text in place of captioned images, so the network tells trusted documents from the others (the paper's classifier,
          the weaker of its two) where its best one tells a caption from other captions; no fine-tuning of the network. Two
          networks each learn from half of the documents and judge the other half, so that none is judged by one that
-         has seen it called poor
+         has seen it called poor. Adam, both kinds weighing the same, and all words by hash, where fastText takes plain
+         gradient steps, every document alike, and keeps a list of words
 """
 
 from __future__ import annotations

@@ -5,7 +5,10 @@ Use:     with match_rms_adamw the rate and decay tuned for AdamW; with `original
 Works:   any model with matrices; experts are orthogonalized one by one
 Costs:   1× the matrices' memory, 2× the rest; about 15 products of the matrix with itself a step
 With:    clipping hardly matters, for the update's size does not depend on the gradient's
-Differs: fused matrices (GPT-2's query, key, value) are orthogonalized as one; float32 on a CPU, bfloat16 on a GPU
+Differs: fused matrices (GPT-2's query, key, value) are orthogonalized as one; float32 on a CPU, bfloat16 on a GPU.
+         Weights decay by 0.1 as in Liu et al. with `original` too, where Jordan's default is 0; norms and biases never do,
+         where the script of Liu et al. has them decay. Jordan's factor takes rows for outputs, as torch's linear layers
+         have them: GPT-2's transposed matrices get that of the other side
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ With:    PEFT's implementation computes them; `adapter/` beside the model loads 
 Differs: alpha is 16 by default, as LoRA's, where the paper sets 1; wraps the linear layers of the blocks by default, where
          the paper wraps the head too. As in PEFT (the authors'): inputs are centered, a direction counts by its share of
          all the variance of its layer's inputs (formula 6 divides by the sum of the singular values found), only what a
-         layer's rank needs must settle, and positions that the loss leaves out do not count
+         layer's rank needs must settle, positions that the loss leaves out do not count, and alpha follows a layer's
+         rank, so that all additions have one factor
 """
 
 from __future__ import annotations

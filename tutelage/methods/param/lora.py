@@ -5,7 +5,8 @@ Use:     r 8 to 64, alpha 2r, ten times the rate of full fine-tuning; all linear
 Works:   any model with linear layers (GPT-2's Conv1D too); experts in one 3-D tensor stay frozen
 Costs:   about 1 % more parameters to hold; gradients and optimizer state only for these
 With:    PEFT: `adapter/` beside the model loads with PeftModel, and `initial` starts from one
-Differs: wraps every linear layer of the blocks by default, where the paper wraps the attention's query and value
+Differs: wraps every linear layer of the blocks by default, where the paper wraps the attention's query and value; the
+    first factor begins uniform, as in the authors' code and PEFT, where the paper writes of normal numbers
 """
 
 from __future__ import annotations

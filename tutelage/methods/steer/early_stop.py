@@ -9,8 +9,10 @@ Works:   any measure that follows a power law of the steps; set `evals: {every: 
 Costs:   a least-squares fit for each of 300 exponents at each measurement, milliseconds
 With:    steer/plateau and schedules that fall change the curve; steer/rollback's repeated steps are taken out of it
 Differs: one family of curves, y = a + b·x^-c, where the paper weighs eleven; the exponent is integrated over a grid, and
-    offset, slope and noise exactly, where the paper samples by MCMC; no condition on the predictive deviation; `gain`
-    is ours
+    offset, slope and noise exactly, where the paper samples by MCMC; no condition on the predictive deviation; a curve
+    may also get worse, which the paper's prior rules out, and all points weigh the same, where the authors' code weighs
+    the newest more; a fixed number of first points is left out, where that code looks for the rise; `gain` and
+    `patience` are ours (the paper stops at the first such forecast)
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ Costs:   hidden states of every block are kept; in a compression phase a Gram ma
 With:    the phase is `steer/objective_gate.phase`: a person may set it, and every switch is in the journal
 Differs: entropy of order 2, as in the author's code, so that no eigenvalues are needed; patches within one document, and
     tokens outside a whole patch weigh nothing; the losses are smoothed; the gate sees the step's loss, not a held-out
-    one; blocks other than the first and the last, averaged, where the paper takes them in turn
+    one; blocks other than the first and the last, averaged, where the paper takes them in turn; both phases begin
+    with no least loss, where the author's code keeps the one it has when plain learning begins again, so that what
+    is won back after a rise counts as progress here alone
 """
 
 from __future__ import annotations
@@ -61,9 +63,13 @@ class ObjectiveGate(Policy):
         """A switch of the phase: when nothing gets better in it, or when compressing hurts the loss too much."""
         if not self.strength or not math.isfinite(view.signals.get("loss", math.nan)):
             return []
+        of = "entropy" if self.phase else "loss"
+        if self.state.get("of") != of:  # also where a person has moved the phase
+            self._anew()
+            self.state["of"] = of
         loss = self._smoothed("loss", view.signals["loss"])
         if not self.phase:
-            stands = self._stands("loss", loss, self.plain)
+            stands = self._stands(loss, self.plain)
             return self._switch(1.0, f"the loss stands at {loss:.4g}") if stands else []
         start = self.state.setdefault("before", loss)
         self.state["before"] = min(start, loss)
@@ -71,7 +77,7 @@ class ObjectiveGate(Policy):
             return self._switch(0.0, f"the loss rose from {self.state['before']:.4g} to {loss:.4g}")
         weight = self.strength * self.phase or 1.0  # their product may be too small for a number
         found = self._smoothed("entropy", view.signals.get("aux/steer/objective_gate", 0.0) / weight)
-        stands = self._stands("entropy", found, self.compressing)
+        stands = self._stands(found, self.compressing)
         return self._switch(0.0, f"the entropy stands at {found:.4g}") if stands else []
 
     def _switch(self, phase: float, why: str) -> list[dict[str, Any]]:
@@ -90,11 +96,8 @@ class ObjectiveGate(Policy):
         self.state[f"mean_{what}"], self.state[f"weight_{what}"] = mean, weight
         return float(mean / weight)
 
-    def _stands(self, what: str, value: float, patience: int) -> bool:
+    def _stands(self, value: float, patience: int) -> bool:
         """Whether `patience` steps in a row brought no new least value by more than `delta`."""
-        if self.state.get("of") != what:  # also where a person has moved the phase
-            self._anew()
-            self.state["of"] = what
         best = self.state.get("best")
         if best is not None and best - value > self.delta:
             self.state["flat"] = 0

@@ -5,7 +5,8 @@ Use:     made by `keep: self` for weights whose data nobody has; 256 passages me
 Works:   causal and encoder-decoder models; a masked one fills in blanks, in an order drawn by chance
 Costs:   `passages` × `length` tokens of generation, once
 With:    what continual/replay `of: self` rehearses and probe/forgetting measures
-Differs: unconditional passages from an empty prompt, neither task prompts as in LAMOL nor refined and chosen ones; a
+Differs: unconditional passages from an empty prompt, neither task prompts as in LAMOL nor refined and chosen ones, and
+    drawn from all tokens, where LAMOL's code draws from the 20 likeliest; the start is not trained to write them; a
     model that writes nothing but empty or repetitive ones writes once more at four times the temperature
 """
 
