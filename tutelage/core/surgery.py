@@ -46,7 +46,7 @@ class Weights:
             return read.get_tensor(name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """The view of a hook that transforms weights: no model yet, but chance of its own, and how any model is laid out."""
 
