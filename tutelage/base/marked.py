@@ -209,6 +209,7 @@ def plain(value: Any, *, bare: bool = False) -> Any:
         fields = type(value).model_fields
         items = {key: getattr(value, key) for key in fields}
         left_out = {k for k, v in items.items() if (bare or v is None) and v == _default(fields[k])}
+        left_out -= getattr(value, "inherits", set())
         return {k: plain(v, bare=bare) for k, v in items.items() if k not in left_out}
     if isinstance(value, Mapping):
         return {str(key): plain(item, bare=bare) for key, item in value.items()}

@@ -327,6 +327,11 @@ class Stage(Waiting):
         return self
 
     @property
+    def inherits(self) -> set[str]:
+        """Fields that are those of the start where they are not written, so that a default does not stand for them."""
+        return {"length"} if self.until is None else set()
+
+    @property
     def product(self) -> Literal["model", "data", "table"]:
         return "data" if self.make is not None else "table" if self.measure is not None else "model"
 
