@@ -37,6 +37,12 @@ def test_every_recipe_of_the_house_loads_and_reads_back(path: Path) -> None:
     assert load(plain(recipe, bare=True)) == recipe
 
 
+def test_a_bare_recipe_keeps_the_default_length_of_a_stage_that_would_take_its_starts() -> None:
+    short = {"start": "gpt2", "data": {"x": "y.jsonl"}, "length": 128, "until": "1step"}
+    recipe = load({"stages": {"a": short, "b": {"start": "a", "apply": "grow/stack", "length": 512}}})
+    assert recipe.stages["b"].length == 512 and load(plain(recipe, bare=True)) == recipe
+
+
 def test_a_bare_recipe_says_what_is_not_the_default_and_reads_back_the_same() -> None:
     written = {
         "start": "gpt2", "data": {"x": "y.jsonl"}, "until": "1step", "groups": [{"match": "*.bias", "decay": 0.0}],

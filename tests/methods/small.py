@@ -5,16 +5,21 @@ Tokens: 0 padding, 1 begins a document, 2 ends one, 306 the mask; the others are
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers as tf
 
-from tests.core.tiny import VOCAB, tiny
+from tests.core.tiny import AUTO, VOCAB, tiny
+from tutelage.base import registry
 from tutelage.base.clock import Clock
 from tutelage.core.anatomy import anatomy
 from tutelage.core.engine import Engine
+from tutelage.core.surgery import transform
 from tutelage.core.types import IGNORE, Batch, Piece, Row
 from tutelage.core.view import Data, View
 
@@ -117,3 +122,18 @@ def view_of(
     start = tiny(name).requires_grad_(False).eval()
     view._open_ref = lambda ref: start
     return view
+
+
+def transformed(starts: list[Path], out: Path, *, use: str, seed: int = 0, dtype: Any = None, **settings: Any) -> Any:
+    """What a method makes of model folders, as transformers opens it, and the method.
+
+    Nothing may be missing, left over or of another shape.
+    """
+    method = registry.make({"use": use, **settings})
+    out.mkdir()
+    transform(method, starts, out, place="stages.made", seed=seed)
+    kind = json.loads((out / "config.json").read_text())["model_type"]
+    auto = AUTO.get(kind, tf.AutoModelForCausalLM)
+    model, told = auto.from_pretrained(out, output_loading_info=True, **({"dtype": dtype} if dtype else {}))
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    return model.eval(), method

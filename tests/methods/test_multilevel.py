@@ -4,27 +4,19 @@ import shutil
 
 import pytest
 import torch
-import transformers as tf
 
-from tests.core.tiny import AUTO, tiny, tokens
-from tutelage.base import registry
+from tests.core.tiny import tiny, tokens
+from tests.methods.small import transformed
 from tutelage.base.errors import UserError
-from tutelage.core.surgery import transform
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "bert", "cohere")
 
 
 def made(model, folder, **settings):
-    """The model as transformers loads it; nothing may be missing, left over or of another shape."""
     before, after = folder / "before", folder / "after"
     shutil.rmtree(after, ignore_errors=True)
     model.save_pretrained(before)
-    after.mkdir()
-    transform(registry.make({"use": "grow/multilevel", **settings}), [before], after, place="stages.made")
-    auto = AUTO.get(model.config.model_type, tf.AutoModelForCausalLM)
-    found, told = auto.from_pretrained(after, output_loading_info=True, dtype=model.dtype)
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    return found.eval()
+    return transformed([before], after, use="grow/multilevel", dtype=model.dtype, **settings)[0]
 
 
 def apart(a, b):

@@ -5,9 +5,8 @@ import torch
 import transformers as tf
 
 from tests.core.tiny import AUTO, tiny, tokens
-from tutelage.base import registry
+from tests.methods.small import transformed
 from tutelage.core.layout import layout
-from tutelage.core.surgery import transform
 from tutelage.methods._kit.widen import places
 from tutelage.methods.merge.optimal_transport import group_of
 
@@ -46,11 +45,7 @@ def reordered(model, folder, spaces, seed=0):
 
 
 def fused(folders, out, model, use="merge/optimal_transport", **settings):
-    out.mkdir()
-    method = registry.make({"use": use, **settings})
-    transform(method, folders, out, place="stages.fused")
-    auto = AUTO.get(model.config.model_type, tf.AutoModelForCausalLM)
-    return auto.from_pretrained(out, dtype=model.dtype).eval(), method
+    return transformed(folders, out, use=use, dtype=model.dtype, **settings)
 
 
 @torch.no_grad()

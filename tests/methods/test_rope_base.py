@@ -4,21 +4,16 @@ import json
 
 import pytest
 import torch
-import transformers as tf
 
-from tests.core.tiny import AUTO, tiny, tokens
+from tests.core.tiny import tiny, tokens
+from tests.methods.small import transformed
 from tutelage.base import registry
 from tutelage.base.errors import UserError
-from tutelage.core.surgery import transform
 
 
 def stretched(model, folder, **settings):
-    small, large = folder / "small", folder / "large"
-    model.save_pretrained(small)
-    large.mkdir()
-    transform(registry.make({"use": "grow/rope_base", **settings}), [small], large, place="stages.stretched")
-    auto = AUTO.get(model.config.model_type, tf.AutoModelForCausalLM)
-    return auto.from_pretrained(large, dtype=model.dtype).eval()
+    model.save_pretrained(folder / "small")
+    return transformed([folder / "small"], folder / "large", use="grow/rope_base", dtype=model.dtype, **settings)[0]
 
 
 def turns(model):

@@ -1,17 +1,13 @@
 """Another tokenizer: what both know is carried over, the others are the means that the paper's equation gives."""
 
-import json
-
 import pytest
 import torch
-import transformers as tf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from tests.core.tiny import AUTO, tiny, tokens
-from tutelage.base import registry
+from tests.core.tiny import tiny, tokens
+from tests.methods.small import transformed
 from tutelage.base.errors import UserError
-from tutelage.core.surgery import transform
 
 WORDS = 307  # of the tiny models' vocabularies
 
@@ -30,13 +26,7 @@ def words(*, first=0):
 
 
 def transferred(folders, out, **settings):
-    out.mkdir()
-    method = registry.make({"use": "init/tokenizer_transfer", **settings})
-    transform(method, folders, out, place="stages.begun")
-    kind = json.loads((out / "config.json").read_text())["model_type"]
-    found, told = AUTO.get(kind, tf.AutoModelForCausalLM).from_pretrained(out, output_loading_info=True)
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    return found.eval(), method
+    return transformed(folders, out, use="init/tokenizer_transfer", **settings)
 
 
 @torch.no_grad()

@@ -126,5 +126,19 @@ def test_several_actions_asked_dry_show_what_they_then_do_together(name: str, tm
     dry, done = answer(home, "asked"), answer(home, "done")
     assert (dry["state"], dry.get("error")) == ("dry", None) and done["state"] == "applied" and done["tick"] == 2
     assert [e["changes"] for e in dry["effects"]] == [e["changes"] for e in done["effects"]]
-    before, then = (e["changes"][0] for e in (dry["effects"] * 2)[:2])
+    before, then = (e["changes"][0] for e in dry["effects"][:2])
     assert name in ("back", "schedule", "end") or then["was"] == before["now"]
+
+
+def test_looking_ahead_that_fails_is_a_refusal_and_the_stage_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("nobody thought of this")
+
+    monkeypatch.setattr(steer.acts.foreseen, "do", fails)
+    home = run(
+        tmp_path, {2: [[("asked", ask({"do": "note", "text": "x"}, dry=True))]], 3: [[("then", ask({"do": "save"}))]]}
+    )
+    assert answer(home, "asked")["state"] == "refused" and "nobody thought of this" in answer(home, "asked")["error"]
+    assert answer(home, "then")["state"] == "applied"

@@ -25,9 +25,7 @@ class Method(BaseModel):
     needs: ClassVar[frozenset[str]] = frozenset()  # of the forward pass: "hidden", "attentions"
     refs: ClassVar[frozenset[str]] = frozenset()  # frozen models it asks `view.ref` for
     wants_base: ClassVar[bool] = False  # a merge whose first input is what the others are compared with
-    takes: ClassVar[int | None] = (
-        None  # how many models a merge starts from, a base among them; any number (one to grow)
-    )
+    takes: ClassVar[int | None] = None  # how many models it starts from, a base among them; or any, to grow one
     tokenizer_of: ClassVar[int] = 0  # of a transformation: which of its starts gives the tokenizer
     unrelated: ClassVar[bool] = False  # a merge for models that share no start: it is tried on such
     steerable: ClassVar[frozenset[str]] = frozenset()  # fields that an action may set in a running stage

@@ -163,7 +163,7 @@ def decide(run: Run, request: Request) -> None:
         standing.admit(_parsed(request, place), actor=request["actor"], approved=bool(request.get("approved")))
         actions = checked(run, request, place)
         if request.get("dry"):
-            return answer(run, request, state="dry", tick=run.clock.tick, effects=acts.effects(run, actions))
+            return answer(run, request, state="dry", tick=run.clock.tick, effects=_foreseen(run, actions, place))
         plain_acts = acts.unfolded(actions)
         effects = [acts.effect(run, action) for action in plain_acts]
         run.standing.judge(
@@ -230,6 +230,16 @@ def checked(run: Run, request: Request, place: str) -> list[Action]:
         if run.engine.world.largest(int(wrong is not None)):  # before the next one, about which ranks speak, too
             raise wrong or UserError(f"{place}: another rank cannot do it")
     return found
+
+
+def _foreseen(run: Run, actions: list[Action], place: str) -> list[dict[str, Any]]:
+    """What the actions would do; whatever goes wrong in looking ahead is a refusal, never the run's end."""
+    try:
+        return acts.effects(run, actions)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{place}: {type(error).__name__}: {error}") from error
 
 
 def written(run: Run, request: Request, actions: list[Action]) -> dict[str, Any]:
