@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,22 +121,35 @@ def _spec(node: Node, spec: SourceSpec) -> dict[str, Any]:
 
 
 def _kept(node: Node) -> dict[str, tuple[str, SourceSpec]]:
-    """What the branch must not lose: ancestors' data and what was kept, with the stage that each belongs to."""
+    """What the branch must not lose: ancestors' data and what was kept, with the stage that each belongs to.
+
+    What the stage itself learns from is left out, unless a method reads it by an ancestor's name.
+    """
     found: dict[str, tuple[str, SourceSpec]] = {}
     others = [(name, node.graph.nodes[name].stage.data) for name in reversed(node.lineage())]
+    entries = [entry if isinstance(entry, dict) else {"use": entry} for entry in plain(node.stage).get("methods", [])]
+    read = [spec for of in map(partial(_of, node), entries) if of for spec in node.find_data(of).values()]
     for owner, specs in [*others, ("keep", node.kept())]:
         for name, spec in specs.items():
-            if name in node.stage.data and node.stage.data[name] == spec:
+            known = [other for _, other in found.values()]
+            if node.stage.data.get(name) == spec and (spec in known or spec not in read):
                 continue
             free = name not in found and name not in node.stage.data
             found[name if free else f"{owner}.{name}"] = (owner, spec)
     return found
 
 
+def _of(node: Node, entry: dict[str, Any]) -> str | None:
+    """The stage or the name under `keep` whose data a method reads, if it reads any."""
+    default = next((m.of for m in _listed(node) if m.name() == entry["use"] and hasattr(m, "of")), None)
+    of = entry.get("of", default)
+    return of if isinstance(of, str) else None
+
+
 def _renamed(node: Node, entry: dict[str, Any], kept: dict[str, tuple[str, SourceSpec]]) -> list[tuple[str, str]]:
     """Put a name under `keep` in the place of a stage, which the branch's recipe does not hold."""
-    of = entry.get("of", next((m.of for m in _listed(node) if m.name() == entry["use"] and hasattr(m, "of")), None))
-    if not isinstance(of, str) or of in node.kept():
+    of = _of(node, entry)
+    if of is None or (of in kept and kept[of][1] == node.kept().get(of)):
         return []
     wanted = list(node.find_data(of).values())
     names = [name for name, (_, spec) in kept.items() if spec in wanted]

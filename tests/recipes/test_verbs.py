@@ -162,6 +162,23 @@ def test_a_method_of_a_branch_reads_what_it_read_under_another_name(tmp_path: Pa
     assert numbers(runs / "b/two/1", kind="train")[-1]["weights"]["a/a"] == 0.25
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_method_of_a_branch_reads_what_its_stage_learns_from_too(tmp_path: Path, kept: bool) -> None:
+    """The old data under the same name in the new stage, or under `keep`."""
+
+    def ewc(recipe: dict[str, Any]) -> None:
+        stages, of = recipe["stages"], "a" if kept else "previous"
+        stages["two"]["data"] = {**stages["one"]["data"], **stages["two"]["data"]}
+        stages["two"] |= {"methods": [{"use": "continual/ewc", "of": of, "rows": 4}]}
+        stages["two"] |= {"keep": stages["one"]["data"]} if kept else {}
+
+    runs = toy_run(tmp_path, change=ewc)
+    verbs.branch_stage("toy/two", tmp_path / "b.yaml", step=8, sets=[], runs=runs)
+    two = yaml.safe_load((tmp_path / "b.yaml").read_text())["stages"]["two"]
+    assert two["methods"][0]["of"] in two["keep"] and list(two["data"]) == ["a", "b"]
+    run(resolved(tmp_path / "b.yaml", runs=runs, name="b"))
+
+
 def test_a_step_of_a_wrapped_stage_is_folded_not_forgotten(tmp_path: Path) -> None:
     def lora(recipe: dict[str, Any]) -> None:
         recipe["stages"]["two"] |= {"methods": [{"use": "param/lora", "r": 4}]}
