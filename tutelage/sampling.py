@@ -201,11 +201,12 @@ def tokenizer_for(
     wanted: dict[str, Any], specs: list[tuple[str, SourceSpec, Path | None]], *, asks: dict[str, Any], cache: Path
 ) -> tuple[Any, bool]:
     """A tokenizer that a stage trains: the one that is there already (True), or one trained on samples only."""
-    if not isinstance(wanted.get("vocab"), int) or not specs:
-        raise UserError(f"tokenizer: {wanted} is not known; write {{train: bpe, vocab: 2048}}, `bytes` or a folder")
+    settings = tokenizer.settings(wanted)
+    if not specs:
+        raise UserError("tokenizer: a stage trains its tokenizer on its own data, and this one has none")
     ids = sorted(imports.content_id(spec, rows=rows) for _, spec, rows in specs)
-    place = tokenizer.place_of(cache, vocab=wanted["vocab"], **asks, key=ids)
+    place = tokenizer.place_of(cache, **settings, **asks, key=ids)
     if place.exists():
         return tokenizer.load(str(place)), True
     texts = (text for name, spec, rows in specs for text in sample(name, spec, cache=cache, rows=rows).texts)
-    return tokenizer.train(texts, vocab=wanted["vocab"], **asks), False
+    return tokenizer.train(texts, **settings, **asks), False

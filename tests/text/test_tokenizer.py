@@ -158,6 +158,24 @@ def test_a_trained_tokenizer_is_kept_and_opened_again(tmp_path):
     assert [p.name for p in (tmp_path / "tokenizers").iterdir() if p.name.startswith(".")] == []
 
 
+def test_sentinels_are_tokens_of_their_own_and_survive_saving(tmp_path):
+    wanted = tokenizer.settings({"train": "bpe", "vocab": 320, "sentinels": 5})
+    made = tokenizer.train(SAMPLES * 3, **wanted, cache=tmp_path, key="samples")
+    assert len(made) == 320 == len(tokenizer.train(SAMPLES * 3, vocab=320, cache=tmp_path, key="samples"))
+    tokenizer.save(made, tmp_path / "saved")
+    for one in (made, tokenizer.load(str(tmp_path / "saved"))):
+        ids = one("a<extra_id_0>b<extra_id_4>", add_special_tokens=False).input_ids
+        assert len(ids) == 4 and ids[1::2] == made.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_4>"])
+        assert one.decode(ids, skip_special_tokens=True) == "ab"
+        assert Encoder(one).byte_lengths("ab", np.array(Encoder(one).ids(["ab"])[0])).sum() == 2
+    assert len(list((tmp_path / "tokenizers").iterdir())) == 2
+    with pytest.raises(UserError, match="at least 264.*5 sentinels"):
+        tokenizer.train(SAMPLES, vocab=263, sentinels=5)
+    for wrong in ({"vocab": 300, "sentinels": -1}, {"vocab": 300, "sentinel": 1}, {"vocab": True}):
+        with pytest.raises(UserError, match="is not known"):
+            tokenizer.settings({"train": "bpe", **wrong})
+
+
 def test_what_decides_about_tokens_changes_the_fingerprint(bpe, plain, tmp_path):
     bpe.save_pretrained(tmp_path)
     other = AutoTokenizer.from_pretrained(tmp_path)

@@ -284,7 +284,11 @@ class Stage(Waiting):
     start: Any = Field(None, description="a stage, folder, hub name, config file, {best: [...], by: metric}, or a list")
     data: dict[str, SourceSpec] = Field(default_factory=dict, description="sources by name")
     keep: Literal["self", "none"] | dict[str, SourceSpec] | None = Field(None, description="what must not be lost")
-    tokenizer: Any = Field(None, description="folder, `bytes`, or {train: bpe, vocab: 2048}; the start's when left out")
+    tokenizer: Any = Field(
+        None,
+        description="folder, `bytes`, or {train: bpe, vocab: 2048}, for span denoisers with `sentinels: 100`; "
+        "the start's when left out",
+    )
     length: int = Field(512, ge=8, description="tokens of a row")
     batch: BatchField = Field(Span(16384, "tok"), description="tokens (or rows: `8sample`) of an optimizer step")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="bf16 only where the hardware has it")

@@ -25,6 +25,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.method import Method, Seen
 from tutelage.core.out import Out, cross_entropy
 from tutelage.core.types import IGNORE, Batch, Sum
+from tutelage.methods._kit.denoising import Example, for_decoder
 from tutelage.methods._kit.labels import before, content_rng, row_weights
 
 
@@ -62,8 +63,11 @@ class PrefixLM(Method):
         given_BS = 1 + (share_BS * (lengths_BS - 1)).long().clamp(max=lengths_BS - 2).clamp(min=0)
         first_BS = _first_learned(batch, lengths_BS)
         given_BS = torch.where((first_BS > 0) & (first_BS < lengths_BS), first_BS + 1, given_BS)
-        split = self._two_sided if view.engine.anatomy.kind == "seq2seq" else self._one_sided
-        return replace(split(batch, lengths_BS, given_BS), meta={**batch.meta, "prepared": True})
+        if view.engine.anatomy.kind == "seq2seq":
+            made = for_decoder(batch, self._two_sided(batch, lengths_BS, given_BS), view)
+        else:
+            made = self._one_sided(batch, lengths_BS, given_BS)
+        return replace(made, meta={**batch.meta, "prepared": True})
 
     @staticmethod
     def _one_sided(batch: Batch, lengths_BS: Tensor, given_BS: Tensor) -> Batch:
@@ -72,33 +76,20 @@ class PrefixLM(Method):
         return batch.having(labels=torch.where(within_BT + 1 < given_BS.gather(1, row_BT), IGNORE, batch["labels"]))
 
     @staticmethod
-    def _two_sided(batch: Batch, lengths_BS: Tensor, given_BS: Tensor) -> Batch:
-        """The given part goes to the encoder; the decoder reads the rest one position late and predicts it."""
+    def _two_sided(batch: Batch, lengths_BS: Tensor, given_BS: Tensor) -> list[Example]:
+        """The given part is the input, the rest the target."""
         if lengths_BS.shape[1] > 1:
             raise UserError(
                 "objective/prefix_lm: an encoder-decoder model takes one document a row (`packing: single`)"
             )
-        special, tokens_BT = batch.meta["special"], batch["tokens"]
-        pad, start = special["pad"], special.get("decoder_start", special["pad"])
         bytes_BT = before(batch["bytes"], batch["segments"]) if "bytes" in batch else None
-        names = ("source", "source_mask", "tokens", "labels", "segments", "bytes")
-        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        made = []
         for i, (whole, given) in enumerate(zip(lengths_BS[:, 0].tolist(), given_BS[:, 0].tolist(), strict=True)):
-            rest = tokens_BT[i, given:whole]
-            parts["source"].append(tokens_BT[i, :given])
-            parts["source_mask"].append(torch.ones_like(tokens_BT[i, :given]))
-            parts["tokens"].append(torch.cat([rest.new_tensor([start]), rest])[: len(rest)])
+            rest = batch["tokens"][i, given:whole]
             learned = batch["labels"][i, given - 1 : whole - 1] != IGNORE  # of the position before each token
-            parts["labels"].append(torch.where(learned, rest, IGNORE))
-            parts["segments"].append(torch.ones_like(rest))
-            if bytes_BT is not None:
-                parts["bytes"].append(bytes_BT[i, given:whole])
-        fill = {"source": pad, "tokens": pad, "labels": IGNORE}
-        fields = {name: _stacked(rows, fill.get(name, 0)) for name, rows in parts.items() if rows}
-        fields["positions"] = (
-            torch.arange(fields["tokens"].shape[1], device=tokens_BT.device).expand_as(fields["tokens"]).contiguous()
-        )
-        return replace(batch, fields={**batch.fields, **fields})
+            sizes = None if bytes_BT is None else bytes_BT[i, given:whole]
+            made.append(Example(batch["tokens"][i, :given], rest, torch.where(learned, rest, IGNORE), sizes))
+        return made
 
 
 def _places(segments_BT: Tensor, lengths_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,12 +105,6 @@ def _first_learned(batch: Batch, lengths_BS: Tensor) -> Tensor:
     learned_BT = (batch["labels"] != IGNORE) & (batch["segments"] > 0)
     never_BT = lengths_BS.gather(1, row_BT)
     return lengths_BS.scatter_reduce(1, row_BT, torch.where(learned_BT, within_BT, never_BT), "amin")
-
-
-def _stacked(rows: list[Tensor], fill: int) -> Tensor:
-    """Rows of unequal length as one tensor, at least one wide."""
-    width = max(1, *(len(row) for row in rows))
-    return torch.stack([F.pad(row, (0, width - len(row)), value=fill) for row in rows])
 
 
 def effect(run: Seen) -> dict[str, float]:

@@ -56,7 +56,8 @@ class Text:
     ) -> Any:
         """`bytes`, a folder or hub name, `{train: bpe, vocab: 2048}`, or the start's own when `wanted` is None.
 
-        The first and the third have a mask token when the model is a masked one.
+        The first and the third have a mask token when the model is a masked one; the third has as many tokens for
+        hidden spans as its `sentinels` says.
         """
         if wanted is None and folder is not None:
             return tokenizer.load(str(folder))
@@ -80,14 +81,12 @@ class Text:
     def _trained(
         self, wanted: dict[str, Any], specs: list[tuple[SourceSpec, Path | None]], cache: Path, asks: dict[str, Any]
     ) -> Any:
-        unknown = set(wanted) - {"train", "vocab"}
-        if wanted.get("train") != "bpe" or unknown or not isinstance(wanted.get("vocab"), int):
-            raise UserError(f"tokenizer: {wanted} is not known; write {{train: bpe, vocab: 2048}}, `bytes` or a folder")
+        settings = tokenizer.settings(wanted)
         if not specs:
             raise UserError("tokenizer: a stage trains its tokenizer on its own data, and this one has none")
         ids = sorted(self.content_id(spec, rows=rows) for spec, rows in specs)
         texts = (text for spec, rows in specs for text in source.texts(spec, rows=rows))
-        return tokenizer.train(texts, vocab=wanted["vocab"], **asks, cache=cache, key=ids)
+        return tokenizer.train(texts, **settings, **asks, cache=cache, key=ids)
 
     def processor_id(self, processor: Any) -> str:
         return tokenizer.fingerprint(processor)

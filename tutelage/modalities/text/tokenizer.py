@@ -17,6 +17,7 @@ from tutelage.base.errors import UserError, did_you_mean
 from tutelage.modalities.text.tables import short
 
 BOS, EOS, PAD, MASK = "<bos>", "<eos>", "<pad>", "<mask>"
+SENTINEL = "<extra_id_{}>"  # as T5's tokenizers call what stands for a hidden span
 NUMERICS = 1  # raised by hand when training gives another tokenizer from the same texts
 BEGINS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 ENDS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "[SEP]")
@@ -180,9 +181,19 @@ def byte_letters() -> list[str]:
     return [chr(byte) if byte in shown else next(hidden) for byte in range(256)]
 
 
-def place_of(cache: Path, *, vocab: int, mask: bool, family: str | None, key: Any) -> Path:
+def settings(wanted: dict[str, Any]) -> dict[str, Any]:
+    """`vocab` and `sentinels` of a recipe's `{train: bpe, vocab: 2048, sentinels: 100}`; UserError for anything else."""
+    known = {"vocab": wanted.get("vocab"), "sentinels": wanted.get("sentinels", 0)}
+    numbers = all(type(value) is int and value >= 0 for value in known.values())
+    if wanted.get("train") != "bpe" or set(wanted) - {"train", *known} or not numbers:
+        raise UserError(f"tokenizer: {wanted} is not known; write {{train: bpe, vocab: 2048}}, `bytes` or a folder")
+    return known
+
+
+def place_of(cache: Path, *, vocab: int, mask: bool, family: str | None, key: Any, sentinels: int = 0) -> Path:
     """Where the tokenizer that was trained on some texts is kept; `key` says what they are, JSON-able."""
     parts = [NUMERICS, vocab, key] + (["mask"] if mask else [])
+    parts += [f"{sentinels} sentinels"] if sentinels else []
     parts += [family] if family and rebuilt(family) else []
     return Path(cache) / "tokenizers" / hashlib.blake2b(orjson.dumps(parts), digest_size=12).hexdigest()
 
@@ -192,26 +203,28 @@ def train(
     *,
     vocab: int,
     mask: bool = False,
+    sentinels: int = 0,
     family: str | None = None,
     cache: Path | None = None,
     key: Any = None,
 ) -> Any:
-    """A byte-level BPE tokenizer of at most `vocab` tokens (fewer when the texts run out of pairs); `mask` is one more.
-    `family` is the type of the model it is for (see `rebuilt`).
+    """A byte-level BPE tokenizer of at most `vocab` tokens (fewer when the texts run out of pairs), a mask and sentinels
+    among them. `family` is the type of the model it is for (see `rebuilt`).
 
     The same texts give the same tokenizer. With `cache` and `key` (what the texts are, JSON-able) it is trained once
     and opened after. Raises `UserError` when `vocab` is too small to hold every byte.
     """
     special = [BOS, EOS, PAD] + ([MASK] if mask else [])
+    names = ", ".join([*(token.strip("<>") for token in special), *([f"{sentinels} sentinels"] if sentinels else [])])
+    special += [SENTINEL.format(i) for i in range(sentinels)]
     if vocab < 256 + len(special):
-        names = ", ".join(token.strip("<>") for token in special)
         raise UserError(
             f"tokenizer: vocab is {vocab}; a byte-level vocabulary needs at least {256 + len(special)} "
             f"(256 bytes, {names})"
         )
     place = None
     if cache is not None and key is not None:
-        place = place_of(cache, vocab=vocab, mask=mask, family=family, key=key)
+        place = place_of(cache, vocab=vocab, mask=mask, sentinels=sentinels, family=family, key=key)
         if place.exists():
             return load(str(place))
     made = _wrapped(_trained(texts, vocab, special, family), mask=mask)

@@ -25,6 +25,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "t5": {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
            "dropout_rate": 0.0},
 }  # fmt: skip
+MODELS |= {
+    "qwen2-spans": MODELS["qwen2"],
+    "t5-spans": {**MODELS["t5"], "tie_word_embeddings": False},
+}  # with sentinels for hidden spans, and rows of the input embeddings that move only where they are read
+SPANS = {"train": "bpe", "vocab": 256 + 3 + 20, "sentinels": 20}  # of bytes
 
 
 def write(folder: Path) -> dict[str, str]:
@@ -60,7 +65,7 @@ def recipe(folder: Path, *, model: str = "llama", steps: int = 12) -> dict[str, 
     }  # fmt: skip
     one = {
         "start": dict(MODELS[model]),
-        "tokenizer": "bytes",
+        "tokenizer": SPANS if model.endswith("-spans") else "bytes",
         "data": {"a": {"path": files["a"], "val": "20%"}},
         **common,
     }
