@@ -15,7 +15,7 @@ from tutelage.base import load
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import artifact, elsewhere
 from tutelage.core.graph import Node, methods_of
-from tutelage.core.parts import Parts
+from tutelage.core.parts import Parts, narrow, picked_at
 from tutelage.core.prefix import prefixed
 from tutelage.core.record import Journal, each_line, newest_line, read_lines
 from tutelage.core.stage import Corpora, processor_of, start_of
@@ -121,6 +121,8 @@ def batch_of(folder: Path, tick: int) -> list[str]:
     note = Journal(folder / "journal.jsonl").engine("packing")
     packing: Any = method.pack if method else note["rule"] if note else node.stage.packing
     stream = Stream(cut.orders(sources, seed=node.seed, packing=packing))
+    if "picked" in row:
+        narrow(stream, sources, picked_at(folder, row["picked"]), seed=node.seed, packing=packing)
     state = stream.state()
     for name, cursor in row["cursors"].items():
         state["sources"][name] |= {"cursor": cursor, "owed": row["owed"][name]}

@@ -384,6 +384,22 @@ def test_sources_come_and_go_between_draws():
         stream.add("b", order=Order(Numbers([5], name="b"), seed=0))
 
 
+def test_a_narrowed_source_is_drawn_from_its_beginning_and_passes_stay_those_over_all_of_it():
+    source = Numbers([4] * 10, name="s")
+    stream = Stream({"s": Order(source, seed=0, packing="single")})
+    stream.draw({"s": 1}, 4, 3)
+    some = Order(Numbers([4] * 2, name="s"), seed=0, packing="single")
+    stream.narrow("s", order=some)
+    drawn = [(piece.doc, piece.start) for row in stream.draw({"s": 1}, 4, 4) for piece in row.pieces]
+    assert sorted(drawn) == [(0, 0), (0, 0), (0, 4), (0, 4)] and stream.epochs() == {"s": 7 / 10}
+    again = Stream({"s": Order(source, seed=0, packing="single")})
+    again.narrow("s", order=some)
+    again.load(json.loads(json.dumps(stream.state())))  # the content is that of the whole source
+    assert again.draw({"s": 1}, 4, 3) == stream.draw({"s": 1}, 4, 3)
+    stream.narrow("s", order=None)
+    assert len({(piece.doc, piece.start) for row in stream.draw({"s": 1}, 4, 10) for piece in row.pieces}) == 10
+
+
 def test_a_state_of_other_content_or_of_a_source_that_is_gone_is_refused_untouched():
     state = stream_of("ab").state()
     with pytest.raises(UserError, match="no source 'b'"):

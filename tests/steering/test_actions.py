@@ -54,6 +54,10 @@ COURSES: dict[str, dict[str, Any]] = {
         "actions": [at(3, "save"), at(5, "rollback", to=3), at(5, "set", path="engine.clip", to=0.5),
                     at(8, "rollback", to="last", skip=True)]
     },
+    "going back to what was picked before": {
+        "curriculum": {"use": "select/facility_location", "warm": "2step", "every": "2step", "partition": 40},
+        "actions": [at(3, "save"), at(5, "rollback", to=3), at(8, "rollback", to="last", skip=True)]
+    },
     "the last fall": {
         "schedule": {"use": "schedule/wsd", "warm": "0step", "cooldown": "10%"},
         "actions": [at(2, "set", path="schedule/wsd.floor", to=0.1), at(4, "end_stage", after="3step", decay=True)],

@@ -37,6 +37,11 @@ HOOKS: dict[str, Hook] = {
         "the class of each chunk of a source by text and tokens, once, when the sources are built; with `classes`",
         slot="curriculum",
     ),
+    "pick": Hook(
+        "pick(view) -> dict[str, Tensor] | None",
+        "before each step: numbers of the chunks that are drawn of a source from now on, of the others all; None: as so far",
+        slot="curriculum",
+    ),
     "classes": Hook(
         "classes(view) -> dict[int, float]", "how far each class is open at this step, 0 to 1", slot="curriculum"
     ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tutelage.base.errors import UserError
-from tutelage.core import acts, artifact, micro, shape
+from tutelage.core import acts, artifact, micro, parts, shape
 from tutelage.core.record import Metrics
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def save(run: Run, *, mark: str | None = None) -> None:
         "metrics_bytes": run.metrics.flush(),
     }
     groups = {"model": artifact.tensors_of(engine.model), "optimizer": states, "methods": tensors, "extra": extra}
+    if run.parts.picked:
+        groups["picked"] = {name: torch.from_numpy(numbers) for name, numbers in run.parts.picked.items()}
+        facts["picked"] = run.parts.picked_at
     artifact.save_state(
         run.folder / "state",
         tick=run.clock.tick,
@@ -91,7 +94,7 @@ def roll_back(run: Run, *, tick: int, skip: bool) -> None:
         method.state.clear()
         method.state.update(keep[method.name()])
     if not skip:
-        run.stream.load(facts["stream"])
+        load_stream(run, tensors, facts)
     for key in COUNTS:
         setattr(run.clock, key, facts["clock"][key])
     run.view.signals.update({k: float(v) for k, v in facts["signals"].items()} | {"finite": 1.0})
@@ -127,7 +130,7 @@ def restore(run: Run, saved: Any) -> None:
     for key, value in facts["clock"].items():
         setattr(run.clock, key, value)
     run.engine.flops.load(facts["flops"])
-    run.stream.load(facts["stream"])
+    load_stream(run, tensors, facts)
     run.view.signals.update({k: float(v) for k, v in facts["signals"].items()})
     run.lines, run.asked = facts["lines"], facts["asked"]
     run.saved = (run.clock.tick, run.lines)
@@ -139,6 +142,14 @@ def restore(run: Run, saved: Any) -> None:
     run.fresh, run.measured = False, facts["measured"]
     run.evals.load(facts["evals"])
     run.metrics = Metrics(path, keep_bytes=facts["metrics_bytes"], write=not run.engine.world.rank)
+
+
+def load_stream(run: Run, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+    """The place in the data, with what of it is drawn."""
+    chunks = {name: numbers.numpy() for name, numbers in tensors.get("picked", {}).items()}
+    if chunks or run.parts.picked:
+        parts.hold(run, chunks, tick=facts.get("picked", 0))
+    run.stream.load(facts["stream"])
 
 
 def load_weights(run: Run, tensors: dict[str, Tensor], extra: dict[str, Tensor]) -> None:
@@ -201,6 +212,7 @@ def carry(run: Run) -> None:
         run.say({"note": f"schedule: goes on from step {run.clock.origin['step']}"})
     if "data" in wanted:
         known = {n: s for n, s in facts["stream"]["sources"].items() if n in run.sources}
+        known = {n: s for n, s in known.items() if n not in tensors.get("picked", {})}  # a place among some chunks
         known = {n: s for n, s in known.items() if s["fingerprint"] == run.sources[n].fingerprint}
         known = {n: {**s, "rows": 0, "tokens": 0} for n, s in known.items()}  # epochs are counted in this stage
         run.stream.load({"unit": facts["stream"]["unit"], "sources": known})

@@ -3,7 +3,8 @@
 A mix divides a step among sources and knows nothing of parts. A curriculum with `cut` chooses a length, and every
 source gives pieces of that length, in proportion to its share and to how much of it lies in them: over the steps of all
 lengths each source comes to its share. One with `grade` puts the chunks of each source into classes and says at every
-step how far each class is open: every source gives its share, from what is open of it.
+step how far each class is open: every source gives its share, from what is open of it. One with `pick` names the chunks
+that are drawn from some step on, and may look at the model for it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
+import torch
 
 from tutelage.base.errors import UserError
-from tutelage.core.stream import Order, Source
+from tutelage.core import artifact
+from tutelage.core.stream import Order, Source, Stream
 from tutelage.core.types import Piece
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ Grade = Callable[[Sequence[tuple[str, np.ndarray]]], Iterable[int]]
 """The class of each chunk, from text and tokens of all of them in order, read when they are asked for."""
 
 Decode = Callable[[list[int]], str]
+
+CHUNKS = "chunks.safetensors"  # in `picked/<tick>` of a stage: numbers of the chunks drawn from that tick on
 
 
 class Divisible(Source, Protocol):
@@ -47,6 +53,8 @@ class Parts:
     names: dict[str, dict[int, str]] = field(default_factory=dict)  # of a source's parts, by length or class, in order
     shares: dict[str, dict[int, float]] = field(default_factory=dict)  # of a source's positions
     classes: dict[int, float] = field(default_factory=dict)  # how far each is open at this step; empty: all of them
+    picked: dict[str, np.ndarray] = field(default_factory=dict)  # numbers of the chunks drawn, [N] int64, by source
+    picked_at: int = 0  # the tick at which they were
 
     @staticmethod
     def of(curriculum: Any, *, decode: Decode | None = None) -> Parts:
@@ -121,7 +129,8 @@ class Parts:
 
     def noted(self) -> dict[str, Any]:
         """What a step's row of metrics says of it, so that its batch can be named again."""
-        return {"classes": {str(key): share for key, share in self.classes.items()}} if self.classes else {}
+        classes = {"classes": {str(key): share for key, share in self.classes.items()}} if self.classes else {}
+        return classes | ({"picked": self.picked_at} if self.picked else {})
 
     def recall(self, row: Mapping[str, Any]) -> None:
         """Stand as at the step of a row."""
@@ -194,6 +203,44 @@ def _divisible(source: Source) -> Divisible:
     return cast("Divisible", source)
 
 
+def narrow(stream: Stream, sources: Mapping[str, Source], chunks: Mapping[str, np.ndarray], **drawn: Any) -> None:
+    """Let a stream draw only these chunks of its sources, by number; `drawn` is how (`seed`, `packing`).
+
+    Raises UserError for a source that cannot be drawn in part, and where nothing of one would be left.
+    """
+    for name, numbers in chunks.items():
+        whole = _divisible(sources[name])
+        stream.narrow(name, order=Order(whole.part(name, whole.chunks[numbers]), **drawn))
+
+
+def hold(run: Run, chunks: Mapping[str, np.ndarray], *, tick: int) -> None:
+    """Draw these chunks from now on, each source from its beginning, and keep on disk which they were."""
+    for name in run.parts.picked:
+        run.stream.narrow(name, order=None)
+    narrow(run.stream, run.sources, chunks, seed=run.node.seed, packing=run.packing)
+    run.parts.picked, run.parts.picked_at = dict(chunks), tick
+    if chunks and not run.engine.world.rank:
+        found = {name: torch.from_numpy(numbers) for name, numbers in chunks.items()}
+        artifact.publish(
+            run.folder / "picked" / f"{tick:09d}", lambda beside: artifact.save_tensors(beside / CHUNKS, found)
+        )
+
+
+def picked_at(folder: Path, tick: int) -> dict[str, np.ndarray]:
+    """What was picked at a tick of a stage, from its folder."""
+    found = artifact.load_tensors(folder / "picked" / f"{tick:09d}" / CHUNKS)
+    return {name: numbers.numpy() for name, numbers in found.items()}
+
+
+def pick(run: Run) -> None:
+    """Ask the curriculum whether other chunks are to be drawn; all ranks go by rank 0's answer."""
+    found = run.methods.slots["curriculum"].pick(run.view)  # type: ignore[union-attr]
+    told = None if found is None else {name: numbers.tolist() for name, numbers in found.items()}
+    told = run.engine.world.agree(told)
+    if told is not None:
+        hold(run, {name: np.asarray(numbers, dtype=np.int64) for name, numbers in told.items()}, tick=run.clock.tick)
+
+
 def mix_weights(run: Run) -> dict[str, float]:
     """Shares of this step: what methods' own sources take first, then what actions say or the mix divides."""
     sources, shares, steered, own = run.sources, run.shares, run.steered, run.own()
@@ -220,6 +267,8 @@ def shape_of(run: Run, weights: Mapping[str, float]) -> tuple[int, int]:
     curriculum = run.methods.slots["curriculum"]
     if curriculum is None:
         return run.node.stage.length, run.rows
+    if hasattr(type(curriculum), "pick"):
+        pick(run)
     if run.parts.grade is not None:
         run.parts.classes = curriculum.classes(run.view)
     if not hasattr(type(curriculum), "shape"):

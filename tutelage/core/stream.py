@@ -267,10 +267,11 @@ def flatten(weights: Mapping[str, Any]) -> dict[str, float]:
 class _Account:
     """What one source has been given and is owed."""
 
-    __slots__ = ("cursor", "order", "owed", "rows", "tokens")
+    __slots__ = ("cursor", "order", "owed", "rows", "tokens", "whole")
 
     def __init__(self, order: Order) -> None:
-        self.order = order
+        self.whole = order
+        self.order = order  # of all chunks, or of those that were picked
         self.cursor = Cursor()
         self.owed = 0.0  # in the stream's unit; below zero when drawn ahead of its share
         self.rows = 0
@@ -314,6 +315,11 @@ class Stream:
         """Forget a source with its position and debt. A weight of zero keeps both."""
         del self._accounts[self._known(name)]
 
+    def narrow(self, name: str, *, order: Order | None) -> None:
+        """Draw a source in this order of some of its chunks from its beginning on; None: of all of them again."""
+        account = self._accounts[self._known(name)]
+        account.order, account.cursor = order or account.whole, Cursor()
+
     def draw(self, weights: Mapping[str, Any], length: int, rows: int) -> list[Row]:
         """The next rows, each from one source and of at most `length` positions; weights as in `flatten`.
 
@@ -352,7 +358,7 @@ class Stream:
 
     def epochs(self) -> dict[str, float]:
         """Passes over each source so far: positions drawn / positions there are."""
-        return {name: account.tokens / account.order.total for name, account in self._accounts.items()}
+        return {name: account.tokens / account.whole.total for name, account in self._accounts.items()}
 
     def ledger(self) -> dict[str, dict[str, int]]:
         """Rows and tokens drawn from each source so far."""
@@ -371,7 +377,7 @@ class Stream:
         sources = {}
         for name, a in self._accounts.items():
             cursor = [a.cursor.next, [list(pair) for pair in a.cursor.pending]]
-            content = a.order.source.fingerprint
+            content = a.whole.source.fingerprint
             sources[name] = {
                 "cursor": cursor, "owed": a.owed, "rows": a.rows, "tokens": a.tokens, "fingerprint": content
             }  # fmt: skip
@@ -383,10 +389,11 @@ class Stream:
         Raises UserError for a source that is gone or whose content has changed, before anything is touched.
         """
         for name, saved in state["sources"].items():
-            if saved["fingerprint"] != self._accounts[self._known(name)].order.source.fingerprint:
+            if saved["fingerprint"] != self._accounts[self._known(name)].whole.source.fingerprint:
                 raise UserError(f"source '{name}' has changed since the save: its position means nothing any more")
         for name in self._accounts.keys() - state["sources"].keys():
-            self._accounts[name] = _Account(self._accounts[name].order)
+            account = self._accounts[name]
+            account.cursor, account.owed, account.rows, account.tokens = Cursor(), 0.0, 0, 0
         for name, saved in state["sources"].items():
             account = self._accounts[name]
             account.cursor = Cursor.of(saved["cursor"])

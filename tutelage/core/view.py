@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from tutelage.core import randomness
 from tutelage.core.engine import Engine
 from tutelage.core.out import Out
 from tutelage.core.stream import Cursor, Order, Source, Stream
-from tutelage.core.types import Batch, Layout, Row
+from tutelage.core.types import Batch, Layout, Piece, Row
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Data:
     """Sources of some stage (or of `keep`), read in an order of their own that nobody else's reading moves."""
 
     sources: dict[str, Source]
-    collate: Callable[[list[Row], dict[str, Source]], Batch]
+    collate: Callable[..., Batch]  # (rows, sources, length=…)
     seed: int
     length: int
     packing: Any
@@ -41,6 +41,13 @@ class Data:
                 drawn.append(Row(name, pieces))
             for i in range(0, len(drawn), rows):
                 yield self.collate(drawn[i : i + rows], self.sources)
+
+    def alone(self, name: str, numbers: Sequence[int]) -> Batch:
+        """These chunks of a source, each in a row of its own, which are as long as the longest of them."""
+        chunks = self.sources[name].chunks
+        pieces = [Piece(doc, start, min(size, self.length)) for doc, start, size in chunks[list(numbers)].tolist()]
+        rows = [Row(name, (piece,)) for piece in pieces]
+        return self.collate(rows, self.sources, length=max(piece.length for piece in pieces))
 
     def batches(self, count: int, *, rows: int = 8) -> Iterator[Batch]:
         """`count` batches of `rows` rows, the sources in equal shares; the same ones every time."""
@@ -106,9 +113,9 @@ class View:
         root = self.engine.anatomy.root
         return layout({**root.config.to_dict(), "architectures": [type(root).__name__]})
 
-    def model(self, batch: Batch) -> Out:
-        """The model as it is now, without gradients, in evaluation mode."""
-        return self._without_gradients(self.engine.model, batch)
+    def model(self, batch: Batch, *, needs: frozenset[str] = frozenset()) -> Out:
+        """The model as it is now, without gradients, in evaluation mode; `needs` as a method's own."""
+        return self._without_gradients(self.engine.model, batch, needs)
 
     def ref(self, name: str = "start") -> Callable[[Batch], Out]:
         """A frozen model: `start`, the weights that this stage began with."""
@@ -117,12 +124,12 @@ class View:
             self._refs[name] = self._open_ref(name)
         return lambda batch: self._without_gradients(self._refs[name], batch)
 
-    def _without_gradients(self, model: nn.Module, batch: Batch) -> Out:
+    def _without_gradients(self, model: nn.Module, batch: Batch, needs: frozenset[str] = frozenset()) -> Out:
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), self.engine.precision():
-                return self.engine.out_of(model, batch.to(self.engine.device))
+                return self.engine.out_of(model, batch.to(self.engine.device), needs=needs)
         finally:
             model.train(training)
 
@@ -132,7 +139,7 @@ class View:
         return self._data(of)
 
     def source(self, name: str) -> Data:
-        """The training data of one of this stage's own sources."""
+        """The training data of one of this stage's own sources, as steps draw it."""
         assert self._source is not None
         return self._source(name)
 
