@@ -15,14 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
-from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter
 
 from tutelage import brief, steering, watching
 from tutelage.base.action import KINDS, PERSONS_ONLY, parse
 from tutelage.base.clock import Span
+from tutelage.base.endpoint import checked
 from tutelage.base.errors import UserError
+from tutelage.core import endpoint
 
 try:
     import httpx
@@ -30,7 +31,7 @@ except ImportError as error:
     raise UserError("an agent needs httpx: install tutelage[mcp]") from error
 
 MAY = ("set", "scale", "mix", "skip_data", "save", "eval", "end_stage", "rollback", "note")
-MOST_ACTIONS, MOST_TEXT, MOST_BYTES = 8, 20_000, 1_000_000  # of one reply: actions, characters read, bytes received
+MOST_ACTIONS, MOST_TEXT = 8, 20_000  # of one reply: actions, characters read
 LOOK = 0.5  # seconds between two looks at where the run stands
 _TRIES = 50  # places of a reply at which a JSON object may begin
 
@@ -63,9 +64,7 @@ class Settings:
     schema_wanted: list[bool] = field(default_factory=lambda: [True])  # whether the endpoint takes `response_format`
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--endpoint: '{self.endpoint}' is not a URL such as http://127.0.0.1:8000/v1")
+        checked(self.endpoint, what="--endpoint")
         wrong = [do for do in self.may if do in PERSONS_ONLY or do not in _kinds()]
         if wrong:
             raise UserError(f"--may: '{wrong[0]}' is nothing that an agent may do (there are: {', '.join(_kinds())})")
@@ -225,29 +224,14 @@ def read_reply(text: str, *, may: tuple[str, ...]) -> Wish:
 
 async def ask(client: httpx.AsyncClient, settings: Settings, question: dict[str, Any]) -> str:
     """The text of a reply, within `timeout` seconds and a megabyte; UserError for everything else that may come back."""
-    head = {"Authorization": f"Bearer {settings.key}"} if settings.key else {}
-    url = settings.endpoint.rstrip("/") + "/chat/completions"
-    try:
-        async with asyncio.timeout(settings.timeout), client.stream("POST", url, json=question, headers=head) as reply:
-            data = b""
-            async for piece in reply.aiter_bytes():
-                data += piece
-                if len(data) > MOST_BYTES:
-                    raise UserError(f"the reply is longer than {MOST_BYTES:,} bytes")
-            if reply.status_code in (400, 422) and "response_format" in question:
-                settings.schema_wanted[0] = False  # it does not know schemas; they stand in the prompt as well
-                raise UserError(f"HTTP {reply.status_code}; from now on it is asked without `response_format`")
-            if reply.status_code != 200:
-                raise UserError(f"HTTP {reply.status_code}")
-    except TimeoutError as error:
-        raise UserError(f"no whole reply within {settings.timeout:g} s") from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise UserError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    try:
-        content = json.loads(data)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError("the reply is no chat completion") from error
-    if not isinstance(content, str):
+    reply = await endpoint.post(client, settings.endpoint, question, key=settings.key, timeout=settings.timeout)
+    if reply.status in (400, 422) and "response_format" in question:
+        settings.schema_wanted[0] = False  # it does not know schemas; they stand in the prompt as well
+        raise UserError(f"HTTP {reply.status}; from now on it is asked without `response_format`")
+    if reply.status != 200:
+        raise UserError(f"HTTP {reply.status}")
+    content, _ = endpoint.said(reply.data)
+    if content is None:
         raise UserError("the reply has no text")
     return content
 
@@ -289,9 +273,8 @@ class Present:
 
 async def follow(folder: Path, settings: Settings, *, say: Callable[[str], None]) -> int:
     """Ask every `every` steps until the stage is no longer running; returns how many requests were sent."""
-    local = urlsplit(settings.endpoint).hostname in ("127.0.0.1", "localhost", "::1")
     sent, turn, due, told = 0, 0, 0, dict[str, bool]()
-    web = httpx.AsyncClient(timeout=None, follow_redirects=False, trust_env=not local)
+    web = endpoint.connect(settings.endpoint)
     with Present(folder, settings.name) as here:
         async with web as client:
             while steering.live(folder) and (settings.turns is None or turn < settings.turns):

@@ -125,7 +125,7 @@ def _standing(node: Node, pending: dict[str, list[str]]) -> dict[str, Any]:
 def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     """Add data, steps, operations, memory, disk and time to a row."""
     stage, cache = node.stage, node.graph.runs / ".data"
-    if stage.product == "table" or _rewrites(node):  # no model is sized, none is opened
+    if stage.product == "table" or _opens_none(node):  # no model is sized
         return
     _known(stage)
     processor, vocab = _processor(node, row["notes"], seen)
@@ -180,9 +180,11 @@ def _lengths(stage: Stage, amounts: dict[str, Amount]) -> dict[int, float]:
     return {length: share / whole for length, share in found.items()} if whole else {stage.length: 1.0}
 
 
-def _rewrites(node: Node) -> bool:
+def _opens_none(node: Node) -> bool:
+    """Whether a stage makes data without a model of its own: none is asked, or one behind an endpoint."""
     make = node.stage.make
-    return make is not None and "rewrite" in registry.make(make, place=f"stages.{node.name}.make").hooks()
+    hooks = [] if make is None else registry.make(make, place=f"stages.{node.name}.make").hooks()
+    return "rewrite" in hooks or ("retell" in hooks and not node.starts())
 
 
 def _besides(row: dict[str, Any], found: list[dict[str, Any]], rate: float) -> None:

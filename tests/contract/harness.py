@@ -33,7 +33,7 @@ from tutelage.core.run import run_graph
 from tutelage.modalities.text import toy
 
 CUT = 7  # an odd step, between the saves after 4 and 8
-BLIND = frozenset({"weights", "source", "act", "factor", "batch", "measured", "rewrite"})
+BLIND = frozenset({"weights", "source", "act", "factor", "batch", "measured", "rewrite", "retell"})
 Entry = dict[str, Any]
 
 
@@ -110,7 +110,7 @@ def place(case: Case, stages: dict[str, Any]) -> None:
         two["data"] = {**stages["one"]["data"], **two["data"]}
     if kind == "make":
         stages["made"] = {"start": "one", "make": entry, "length": two["length"], "engine": two["engine"]}
-        if "rewrite" in case.cls.hooks():
+        if {"rewrite", "retell"} & set(case.cls.hooks()):
             stages["made"]["data"] = {**stages["one"]["data"], **two["data"]}
         two["data"] = {**two["data"], "made": {"stage": "made"}}
     elif kind == "evals":

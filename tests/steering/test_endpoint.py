@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.awaited import awaited
+from tests.endpoint import Endpoint, Reply, completion
 from tests.steering.beside import Beside
 from tests.toy import numbers
 from tutelage import agent, steering
@@ -21,49 +22,6 @@ from tutelage.agent import Settings, ask, body, follow, read_reply
 from tutelage.base.action import parse
 from tutelage.base.errors import UserError
 from tutelage.look import digest_of
-
-Reply = Callable[[dict[str, Any], BaseHTTPRequestHandler], Any]
-
-
-class Endpoint:
-    """An OpenAI-compatible endpoint on loopback that answers as a test likes: text, (status, bytes), or nothing."""
-
-    def __init__(self, reply: Reply) -> None:
-        self.asked: list[dict[str, Any]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                question = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                outer.asked.append(question)
-                answer = reply(question, self)
-                if answer is None:
-                    return
-                status, data = answer if isinstance(answer, tuple) else (200, completion(answer))
-                self.send_response(status)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        class Server(ThreadingHTTPServer):
-            def handle_error(self, *args: Any) -> None:  # a client that hung up is what some tests are about
-                pass
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def completion(text: Any) -> bytes:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
 
 
 @pytest.fixture

@@ -89,6 +89,11 @@ HOOKS: dict[str, Hook] = {
         "reads a stage's documents and writes rows of them; no model",
         kind="make",
     ),
+    "retell": Hook(
+        "retell(documents, writer) -> Iterator[Row]",
+        "reads a stage's documents, asks a writer (the start's model, or one at `endpoint`), writes rows of the answers",
+        kind="make",
+    ),
     "measure": Hook("measure(model, view) -> dict[str, float]", "measures; changes nothing", kind="measure"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
-from tutelage.core import artifact, forward, quantized, surgery
+from tutelage.core import artifact, forward, quantized, surgery, writing
 from tutelage.core.graph import Node
 from tutelage.core.record import dumps, newest_line, read_lines, write_whole
 from tutelage.core.shard import World
 from tutelage.core.stage import Opened, Say, opened, start_of
+from tutelage.core.types import Document
 
 
 def trackers(node: Node, world: World, say: Say) -> contextlib.AbstractContextManager[Any]:
@@ -170,7 +171,14 @@ def make(node: Node, *, world: World, say: Say) -> None:
         return
     assert node.stage.make is not None
     method = registry.make(node.stage.make, place=f"stages.{node.name}.make")
+    if "retell" in method.hooks():
+        _retold(node, method, say)
+        return
     rows = _rewritten(node, method) if "rewrite" in method.hooks() else _made(node, method, world, say)
+    _publish_rows(node, method, rows, say)
+
+
+def _publish_rows(node: Node, method: Method, rows: Iterator[dict[str, Any]], say: Say) -> None:
     say({"doing": f"{method.name()} writes"})
 
     def write(folder: Path) -> None:
@@ -192,12 +200,29 @@ def _made(node: Node, method: Method, world: World, say: Say) -> Iterator[dict[s
 
 def _rewritten(node: Node, method: Method) -> Iterator[dict[str, Any]]:
     """Rows that a method makes of the stage's own, without their held-out part; no model is opened."""
+    return method.rewrite(_documents(node, method))
+
+
+def _retold(node: Node, method: Method, say: Say) -> None:
+    """Publish rows that a method makes of the stage's own by asking a writer, whose answers outlive a cut."""
+    assert node.folder is not None
+    documents, ledger = _documents(node, method), writing.Ledger(node.folder / writing.LEDGER)
+    try:
+        spec = getattr(method, "endpoint", None)
+        writer = writing.writer_of(node, spec, ledger, name=method.name(), say=say)
+        with contextlib.closing(method.retell(documents, writer)) as rows:
+            _publish_rows(node, method, rows, say)
+    finally:
+        ledger.close(done=node.artifact.exists())
+
+
+def _documents(node: Node, method: Method) -> Iterable[Document]:
     if not node.stage.data:
         raise UserError(f"stages.{node.name}.make: {method.name()} rewrites rows; name them under `data`")
     if node.stage.engine.threads:
         torch.set_num_threads(node.stage.engine.threads)
     specs = {name: (spec, node.rows_of(spec)) for name, spec in node.stage.data.items()}
-    return method.rewrite(node.graph.modality.documents(specs, cache=node.graph.runs / ".data"))
+    return node.graph.modality.documents(specs, cache=node.graph.runs / ".data")
 
 
 def measure(node: Node, *, world: World, say: Say) -> None:

@@ -83,6 +83,24 @@ class Modality(Protocol):
         """Continuations of prompts (an empty prompt begins a document), batched, with a key-value cache."""
         ...
 
+    def asked(self, processor: Any, text: str, *, config: dict[str, Any]) -> list[int]:
+        """The tokens of a question to a model, in the form in which it was taught to be asked."""
+        ...
+
+    def answers(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        asked: list[list[int]],
+        tokens: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[tuple[str, bool]]:
+        """What a model answers, in one batch, and whether it came to an end or was cut off at so many tokens."""
+        ...
+
     def save_model(self, model: nn.Module, folder: Path) -> None:
         """A folder that the modality's library loads by itself."""
         ...

@@ -5,14 +5,15 @@ Shape letters: B rows, T positions, D hidden width, V vocabulary, N counted posi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORE = -100  # a label nobody learns from
+T = TypeVar("T")
 
 
 class Sum(NamedTuple):
@@ -35,6 +36,38 @@ class Document(NamedTuple):
 
     text: str  # all that it says, for comparing and judging
     row: dict[str, Any]  # the record, to be written as it is or changed; `origin` says where it comes from
+
+
+class Question(NamedTuple):
+    """What a writer is asked. `purpose` names the question: chance depends on it, the seed and the stage alone."""
+
+    purpose: str
+    text: str
+
+
+class Answer(NamedTuple):
+    """What a writer answered: nothing where it refused or had no room. `ended` tells whether it came to its end."""
+
+    text: str
+    ended: bool
+
+
+class Writer(Protocol):
+    """A model that is asked: the start of the stage, or one behind an endpoint. What it has answered once is kept."""
+
+    def size(self, text: str) -> int:
+        """Tokens of a text; behind an endpoint about so many, a quarter of its bytes."""
+        ...
+
+    def answers(
+        self, asked: Iterable[tuple[T, Question]], *, tokens: int, temperature: float, top_p: float, rows: int
+    ) -> Iterator[tuple[T, Answer]]:
+        """An answer of at most `tokens` to each question, in their order, with what came with it.
+
+        Questions are drawn ahead: `rows` at once are answered by the start's model, and several by an endpoint.
+        Temperature 0 always takes the likeliest token. Raises UserError where an endpoint fails for good.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

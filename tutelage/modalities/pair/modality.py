@@ -25,6 +25,7 @@ from tutelage.modalities.text import models, tokenizer
 from tutelage.modalities.text.modality import modality as text
 from tutelage.modalities.text.modality import special_tokens
 
+NO_TEXT = "a stage that rewrites data reads text; pairs cannot be rewritten yet"
 FORM = "`tokenizer: {text: bytes, size: 224, patch: 14}` (text is any tokenizer, size and patch are in pixels)"
 
 
@@ -122,6 +123,12 @@ class Pair:
 
         return models.in_batches(write, model, prompts, seed=seed, rows=rows)
 
+    def asked(self, processor: Any, text: str, *, config: dict[str, Any]) -> list[int]:
+        raise UserError(NO_TEXT)
+
+    def answers(self, model: nn.Module, processor: Any, **how: Any) -> list[tuple[str, bool]]:
+        raise UserError(NO_TEXT)
+
     # -- data -------------------------------------------------------------------------------------------------------
 
     def content_id(self, spec: SourceSpec, *, rows: Path | None) -> str:
@@ -150,9 +157,7 @@ class Pair:
         raise UserError(f"data.{source.name}: pairs begin with their picture; nothing can be put before them yet")
 
     def documents(self, specs: dict[str, tuple[SourceSpec, Path | None]], *, cache: Path) -> Iterable[Document]:
-        raise UserError(
-            f"data.{next(iter(specs))}: a stage that rewrites data reads text; pairs cannot be rewritten yet"
-        )
+        raise UserError(f"data.{next(iter(specs))}: {NO_TEXT}")
 
     def collate(self, rows: list[Row], sources: dict[str, Source], *, length: int) -> Batch:
         """As of text, one pair a row, with `pixel_values` [B, 3, S, S] where any row has a picture."""

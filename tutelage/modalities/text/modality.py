@@ -19,8 +19,8 @@ from tutelage.core.anatomy import Anatomy
 from tutelage.core.modality import Corpus, Progress
 from tutelage.core.stream import Source
 from tutelage.core.types import IGNORE, Batch, Piece, Row
+from tutelage.modalities.text import answers, models, source, tokenizer
 from tutelage.modalities.text import collate as rows_to_batch
-from tutelage.modalities.text import models, source, tokenizer
 from tutelage.modalities.text.documents import Documents
 from tutelage.modalities.text.prefix import Prefixed, Write
 from tutelage.modalities.text.source import TextSource
@@ -108,6 +108,8 @@ class Text:
         return OBJECTIVES.get(models.kind_of(config), "objective/causal_lm")
 
     generate = staticmethod(models.generate)
+    asked = staticmethod(answers.asked)
+    answers = staticmethod(answers.answers)
 
     # -- data -------------------------------------------------------------------------------------------------------
 

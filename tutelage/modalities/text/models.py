@@ -248,14 +248,26 @@ def in_batches(
 def _generate(
     model: nn.Module, processor: Any, prompts: list[str], tokens: int, temperature: float, top_p: float
 ) -> list[str]:
-    begin = next(
-        (t for t in (processor.bos_token_id, processor.eos_token_id, processor.pad_token_id) if t is not None), 0
-    )
     ids = [processor(p, add_special_tokens=False)["input_ids"] if p else [] for p in prompts]
     encoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    ids = [row if encoder and row else [begin, *row] for row in ids]
+    ids = [row if encoder and row else [begin_of(processor), *row] for row in ids]
+    new = continued(model, processor, ids, tokens, temperature, top_p)
+    return [processor.decode(row, skip_special_tokens=True) for row in new]
+
+
+def begin_of(processor: Any) -> int:
+    """The token that a text begins with."""
+    special = (processor.bos_token_id, processor.eos_token_id, processor.pad_token_id)
+    return next((t for t in special if t is not None), 0)
+
+
+def continued(
+    model: nn.Module, processor: Any, ids: list[list[int]], tokens: int, temperature: float, top_p: float
+) -> list[list[int]]:
+    """The tokens that a model writes after each row of tokens, at most `tokens`, its end token among them."""
+    encoder = bool(getattr(model.config, "is_encoder_decoder", False))
     width = max(map(len, ids))
-    fill = processor.pad_token_id if processor.pad_token_id is not None else begin
+    fill = processor.pad_token_id if processor.pad_token_id is not None else begin_of(processor)
     device = next(model.parameters()).device
     left = torch.tensor([[fill] * (width - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
@@ -266,8 +278,8 @@ def _generate(
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     with torch.no_grad():
         out = model.generate(input_ids=left, attention_mask=mask, **settings)
-    new = out if encoder else out[:, width:]
-    return [processor.decode(row, skip_special_tokens=True) for row in new.tolist()]
+    found: list[list[int]] = (out if encoder else out[:, width:]).tolist()
+    return found
 
 
 ROUNDS = 32  # in which a masked model's blanks are filled

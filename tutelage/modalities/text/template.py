@@ -60,6 +60,11 @@ def render(messages: Messages, tokenizer: Any) -> tuple[str, list[Span]]:
     return whole, spans
 
 
+def asking(messages: Messages, tokenizer: Any) -> str:
+    """A conversation as it stands before the next answer. Raises `ValueError` when a template refuses it."""
+    return _rendered(messages, tokenizer, template_of(tokenizer), ask=True)[0]
+
+
 def messages_of(prompt: str, answer: str) -> Messages:
     """A prompt and its answer as a conversation."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
