@@ -232,7 +232,7 @@ def for_decoder(batch: Batch, rows: list[Example], view: Any) -> Batch:
     if "bytes" in batch:
         parts["bytes"] = [row.bytes_M for row in rows if row.bytes_M is not None]
     fields = {name: _stacked(rows, _fills(special).get(name, 0)) for name, rows in parts.items()}
-    return replace(batch, fields={**fields, "positions": _counting(fields["tokens"])})
+    return replace(batch, fields={**_apart(batch), **fields, "positions": _counting(fields["tokens"])})
 
 
 def in_a_row(batch: Batch, rows: list[list[Example]]) -> Batch:
@@ -249,7 +249,13 @@ def in_a_row(batch: Batch, rows: list[list[Example]]) -> Batch:
             sizes = [_early(one.bytes_M, len(one.source_N), 0) for one in row if one.bytes_M is not None]
             parts["bytes"].append(torch.cat(sizes))
     fill = _fills(batch.meta["special"])
-    return replace(batch, fields={name: _stacked(rows, fill.get(name, 0)) for name, rows in parts.items()})
+    fields = {name: _stacked(rows, fill.get(name, 0)) for name, rows in parts.items()}
+    return replace(batch, fields={**_apart(batch), **fields})
+
+
+def _apart(batch: Batch) -> dict[str, Tensor]:
+    """What a batch holds beside numbers of its positions, such as pictures."""
+    return {name: value for name, value in batch.fields.items() if value.shape[:2] != batch["tokens"].shape}
 
 
 def _early(values_M: Tensor, before_it: int, fill: int) -> Tensor:
