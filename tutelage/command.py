@@ -62,8 +62,8 @@ def run_recipe(
                 with contextlib.suppress(UserError):  # a full disk, say, which is what is told of anyway
                     _report(graph, result, recipe, sets=sets, runs=runs)
             raise
-    if world.rank:
-        return 0 if result.done or result.reused else 1
+    if world.rank:  # the first says how it ended: a launcher ends all others as soon as one of them is not content
+        return 1 if result.failed else 0
     _report(graph, result, recipe, sets=sets, runs=runs)
     again = " ".join(["tutelage", *sys.argv[1:]])
     for name, why in result.failed.items():

@@ -149,7 +149,8 @@ class Storm:
         if kind == "add" and len(stage.sources) < 6:
             self.made += 1
             name = f"new{self.made}"
-            there = lambda s: name in s.own() and name in s.sources and name in s.view.heldout
+            there = lambda s: name in s.own() and name in s.sources and name in s.view.heldout and (
+                abs(mix_weights(s)[name] - 0.05) < 1e-9 or (not s.steered.mix and {*s.own()} <= {*s.steered.added}))  # fmt: skip
             return {"do": "add_source", "name": name, "source": self.spare, "weight": 0.05}, there
         if kind == "add" and stage.steered.dropped:
             back = stage.steered.dropped[0]

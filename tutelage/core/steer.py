@@ -189,11 +189,10 @@ def decide(run: Run, request: Request) -> None:
     tick = run.clock.tick
     line = written(run, request, actions)
     effects = carry_out(run, line, actions, saved=saved)
-    answer(run, request, state="applied", tick=tick, effects=effects, saved=saved)
-    for action in actions:
+    for action in actions:  # before the answer: whoever has that finds what it set free dealt with
         if action.do in ("approve", "refuse"):
             _settle(run, action.id)
-    return None
+    return answer(run, request, state="applied", tick=tick, effects=effects, saved=saved)
 
 
 def _parsed(request: Request, place: str) -> list[Action]:

@@ -51,21 +51,39 @@ def _added(run: Run, trial: Trial, action: Any, place: str) -> None:
     if sum(trial.added.values()) + action.weight >= 1:
         raise UserError(f"{place}: the sources that were added would take the whole mixture")
     trial.opened |= run.opened(action.name, action.source)[2]  # divided and put in order: what is wrong is told now
+    trial.mix = _joined(trial.mix, trial.own(run), action)
     trial.added[action.name] = action.weight
 
 
+def _joined(mix: dict[str, float] | None, own: list[str], action: Any) -> dict[str, float] | None:
+    """The mix that an action set, if any, with a source that takes its share of it; the others keep their ratios."""
+    if not mix:
+        return mix
+    others = sum(weight for name, weight in mix.items() if name in own)
+    return {**mix, action.name: action.weight / (1 - action.weight) * others}
+
+
 def _added_effect(run: Run, action: Any) -> dict[str, Any]:
-    changes = [{"what": f"source {action.name}", "was": None, "now": action.weight if action.source else "back"}]
+    mix, back = run.steered.mix, action.source is None
+    now = action.weight if not back else "back" if not mix or mix.get(action.name) else "back; the mix gives it nothing"
+    changes = [{"what": f"source {action.name}", "was": None, "now": now}]
     return {"changes": changes, "undo": [{"do": "drop_source", "name": action.name}]}
 
 
-def _add(run: Run, action: Any) -> None:
+def joins(run: Run, action: Any) -> None:
+    """What is drawn from then on, as far as it is remembered; the source itself is not opened."""
     steered = run.steered
     if action.source is None:
         steered.dropped.remove(action.name)
         return
+    steered.mix = _joined(steered.mix, run.own(), action)
     steered.added[action.name] = {"source": action.source.model_dump(mode="json"), "weight": action.weight}
-    run.open_source(action.name)
+
+
+def _add(run: Run, action: Any) -> None:
+    joins(run, action)
+    if action.source is not None:
+        run.open_source(action.name)
 
 
 def _dropped(run: Run, trial: Trial, action: Any, place: str) -> None:

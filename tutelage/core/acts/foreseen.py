@@ -14,7 +14,8 @@ from tutelage.core.acts import course, data, modules, values
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
-DONE = {"set": values.put_in, "scale": values.put_in, "mix": data.ACTS["mix"][2], "extend": course.ACTS["extend"][2],
+DONE = {"set": values.put_in, "scale": values.put_in, "mix": data.ACTS["mix"][2],
+        "add_source": data.joins, "drop_source": data.ACTS["drop_source"][2], "extend": course.ACTS["extend"][2],
         "end_stage": course.ACTS["end_stage"][2], "skip_data": data.ACTS["skip_data"][2]}  # fmt: skip
 
 
