@@ -14,6 +14,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
               "tie_word_embeddings": True},
+    "deep": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
     "qwen2": {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
               "tie_word_embeddings": False},
