@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.endpoint import Endpoint
 from tests.recipes import families
 from tutelage import modalities
 from tutelage.base import load
@@ -15,6 +18,7 @@ from tutelage.catalog import rows
 from tutelage.claims import ROOT
 from tutelage.core.graph import Graph
 from tutelage.core.run import run_graph
+from tutelage.methods.synth.entity_graph import PROMPTS
 
 ADAPT = "recipes/quickstart/adapt-instruct.yaml"  # its paths are the user's to fill in
 COVERING = sorted({name for row in rows.rows() for name in row.covered_by if name.startswith("recipes/")} - {ADAPT})
@@ -52,3 +56,28 @@ def test_a_base_is_adapted_and_what_instruction_tuning_added_comes_back(
     assert moved > 1e-6, "the base learned something"
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, domain[name] + 0.01, atol=1e-6, rtol=0)
+
+
+def test_a_few_pages_are_told_by_a_model_behind_an_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project's own pages, of which the writer says that they speak of three things."""
+    monkeypatch.chdir(ROOT)
+
+    def reply(question: dict[str, Any], handler: Any) -> str:
+        text = question["messages"][0]["content"]
+        if text.startswith(PROMPTS["entities"]):
+            return json.dumps({"summary": text[-80:], "entities": ["stage", "recipe", "run"]})
+        return "### " + " and ".join(line for line in text.splitlines()[-3:] if line.startswith("- "))
+
+    endpoint = Endpoint(reply)
+    try:
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        made = load.load(Path("recipes/papers/259-synthetic-continued-pretraining.yaml"))
+        graph = Graph.resolve(made, name="told", modality=modalities.find("text"), runs=tmp_path)
+        assert not run_graph(graph, only="told", jobs=0, drift="refuse", tell=lambda stage, said: None).failed
+    finally:
+        endpoint.close()
+    rows = [json.loads(line) for line in (graph.nodes["told"].artifact / "data/rows.jsonl").read_text().splitlines()]
+    pages = len(list(Path("docs").glob("*.md")))
+    styles = [row["style"] for row in rows]
+    assert [styles.count(style) for style in ("summary", "pair", "triplet")] == [pages, 3 * pages, pages]
+    assert {question["model"] for question in endpoint.asked} == {"instruct"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 
 import pytest
@@ -191,6 +192,21 @@ def test_what_an_endpoint_answered_before_it_died_is_not_asked_again(tmp_path, e
     whole = graph(tmp_path / "whole", **asked_at(endpoints(reply)))
     run(whole)
     assert rows(whole).replace(b"/whole/", b"/") == rows(again)
+
+
+def test_a_wish_to_stop_that_comes_while_an_answer_is_awaited_loses_none(tmp_path, endpoints):
+    def stops(question, handler):
+        if len(one.asked) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return reply(question, handler)
+
+    one = endpoints(stops)
+    assert run(graph(tmp_path, **asked_at(one, parallel=1))).stopped == ["told"]
+    assert 12 <= len(one.asked) <= 13
+    asked = len(one.asked)
+    run(graph(tmp_path, **asked_at(one, parallel=1)))
+    assert len(one.asked) - asked in (LIMIT - 11, LIMIT - 12)
 
 
 BAD = {

@@ -217,7 +217,7 @@ class Remote:
                 if seeded and reply.status in REFUSED and "seed" in body:
                     seeded = False
                     reply = await self._posted(client, body, seeded)
-                    self.seeds = reply.status != 200  # that was it
+                    self.seeds &= reply.status != 200  # that was it
                 if reply.status == 200:
                     text, reason = endpoint.said(reply.data)
                     ended = text is not None and reason not in ("length", "content_filter")
