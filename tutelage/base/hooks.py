@@ -65,7 +65,7 @@ HOOKS: dict[str, Hook] = {
         "act(view) -> list[dict[str, Any]]", "actions it asks for after a step, as docs/steering.md names them"
     ),
     "step": Hook("step(engine, batch, view) -> dict[str, float]", "replaces the whole step", slot="step"),
-    "modules": Hook("modules(model) -> dict[str, Module]", "trainable parts it owns"),
+    "modules": Hook("modules(model) -> dict[str, Module]", "trainable parts it owns, by label; asked again on resume"),
     # what the model is made of
     "freeze": Hook(
         "freeze(names, view) -> set[str]", "which of these parameters stay as they are; asked again on resume, so pure"

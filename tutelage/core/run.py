@@ -224,7 +224,9 @@ def _work(node: Node, world: World, say: Say) -> None:
                     run.methods.profile.keep(node.folder)
         adapter = execute.fold(run)
         if world.rank == 0:
-            extra = {f"{label}.{n}": t for label, m in run.extra.items() for n, t in artifact.tensors_of(m).items()}
+            helpers = frozenset[str]().union(*(method.helpers for method in run.methods.all()))
+            parts = {label: module for label, module in run.extra.items() if label not in helpers}
+            extra = {f"{label}.{n}": t for label, m in parts.items() for n, t in artifact.tensors_of(m).items()}
             execute.publish_model(node, run.engine.model, run.processor, extra=extra, adapter=adapter)
     world.wait()
 

@@ -19,11 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tutelage.base.errors import UserError
 from tutelage.base.method import Method, Seen
 from tutelage.core.out import Out, cross_entropy
-from tutelage.core.types import IGNORE, Batch, Sum
-from tutelage.methods._kit.labels import before, content_rng, row_weights
+from tutelage.core.types import Batch, Sum
+from tutelage.methods._kit.labels import before, row_weights
+from tutelage.methods._kit.masking import lasting, masked
 
 
 class MaskedLM(Method):
@@ -43,11 +43,7 @@ class MaskedLM(Method):
 
     def measured(self, batch: Batch, view: Any) -> Batch:
         """Masks that each row has for good, whatever its neighbors and however wide the batch."""
-        chance_3BT = torch.ones(3, *batch["tokens"].shape)
-        for i, (tokens_T, segments_T) in enumerate(zip(batch["tokens"], batch["segments"], strict=True)):
-            real = int((segments_T > 0).sum())
-            chance_3BT[:, i, :real] = torch.rand(3, real, generator=content_rng(tokens_T[:real]))
-        return self._masked(batch, chance_3BT)
+        return self._masked(batch, lasting(batch, 3))
 
     def loss(self, model: Callable[[Batch], Out], batch: Batch, view: Any) -> Sum:
         """Cross-entropy of the hidden tokens, each times its row's weight."""
@@ -55,21 +51,8 @@ class MaskedLM(Method):
 
     def _masked(self, batch: Batch, chance_3BT: Tensor) -> Batch:
         """Hide tokens. The three numbers of a position say whether, how, and behind which random token."""
-        special, tokens_BT = batch.meta["special"], batch["tokens"]
-        if special.get("mask") is None:
-            raise UserError("objective/masked_lm needs a tokenizer with a mask token; this one has none")
-        apart = torch.tensor(sorted({v for k, v in special.items() if k != "vocab" and v is not None}))
-        real_BT = (batch["segments"] > 0) & ~torch.isin(tokens_BT, apart.to(tokens_BT.device))
-        whether, how, which = chance_3BT.to(tokens_BT.device)
-        lowest_B1 = whether.where(real_BT, 1.0).amin(dim=1, keepdim=True)
-        chosen_BT = real_BT & (whether <= lowest_B1.clamp(min=self.rate))
-        shown_BT = torch.where(how < self.mask, special["mask"], tokens_BT)
-        by_chance_BT = (how >= self.mask) & (how < self.mask + self.random)
-        shown_BT = torch.where(by_chance_BT, (which * special["vocab"]).long(), shown_BT)
-        fields = {
-            "tokens": torch.where(chosen_BT, shown_BT, tokens_BT),
-            "labels": torch.where(chosen_BT, tokens_BT, IGNORE),
-        }
+        shares = {"rate": self.rate, "mask": self.mask, "random": self.random}
+        fields = masked(batch, chance_3BT, **shares, method=self.name())
         if "bytes" in batch:
             fields["bytes"] = before(batch["bytes"], batch["segments"])
         return replace(batch.having(**fields), meta={**batch.meta, "prepared": True})

@@ -33,7 +33,9 @@ class BitsPerByte(Method):
         for column in view.heldout:
             bits = bits_per_byte(view, column)
             if bits is None:
-                found[f"unmeasured/{column}"] = "no held-out byte to measure: hold out more with `val`"
+                found[f"unmeasured/{column}"] = (
+                    "no held-out byte to measure: hold out more with `val`, or the objective predicts no text"
+                )
                 continue
             found[f"bits_per_byte/{column}"] = bits.whole
             if view.passages > view.few:

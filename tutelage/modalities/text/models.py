@@ -33,6 +33,7 @@ MASKED = (
     "deberta-v2",
     "xlm-roberta",
     "camembert",
+    "longformer",
 )
 
 
