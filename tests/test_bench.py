@@ -102,6 +102,7 @@ def test_a_metric_without_a_column_is_the_mean_over_columns() -> None:
     values = {"bits_per_byte/a": 1.0, "bits_per_byte/b": 3.0, "forgetting/a": 9.0}
     assert bench.read(values, "bits_per_byte") == 2.0
     assert bench.read(values, "forgetting/a") == 9.0
+    assert bench.read({**values, "bits_per_byte/c": 5.0}, "bits_per_byte/a,c") == 3.0
     with pytest.raises(UserError, match="'accuracy' was not measured"):
         bench.read(values, "accuracy")
 

@@ -227,8 +227,11 @@ def is_trial(stage: str) -> bool:
 
 
 def read(values: Mapping[str, float], metric: str) -> float:
-    """A metric, or its mean over columns when only those were measured."""
+    """A metric; its mean over columns when only those were measured, or over those named (`bits_per_byte/code,prose`)."""
     found = [values[metric]] if metric in values else [v for k, v in values.items() if k.startswith(f"{metric}/")]
+    name, _, columns = metric.partition("/")
+    if not found and all(f"{name}/{column}" in values for column in columns.split(",")):
+        found = [values[f"{name}/{column}"] for column in columns.split(",")]
     if not found:
         raise UserError(f"the metric '{metric}' was not measured; there are: {', '.join(sorted(values))}")
     return sum(found) / len(found)

@@ -103,6 +103,8 @@ def batch_of(folder: Path, tick: int) -> list[str]:
     row = next((row for row in each_line(place, kind="train") if row["tick"] == tick), None)
     if row is None:
         raise UserError(f"{folder} has no tick {tick} (it has 1 to {newest_line(place, kind='train').get('tick', 0)})")
+    if "cursors" not in row:
+        raise UserError(f"{folder} draws nothing: each step of its fit reads the first rows of its sources, in turn")
     node = node_of(folder)
     start, config = start_of(node)
     processor = processor_of(node, start, config, say=lambda said: None)

@@ -141,10 +141,11 @@ def _forecast(node: Node, row: dict[str, Any], seen: dict[str, Any]) -> None:
     if stage.until is None:
         row["disk"] = {"artifact": 4.0 * model.params} if stage.product == "model" else {}
         row["disk"]["total"] = sum(row["disk"].values())
-        if stage.make is not None:
+        aside = sizing.aside(node, model)
+        if aside:
             rate, row["seconds_from"] = _rate(node, None, sizing.threads_of(node, model.params))
-            made = sizing.written(registry.make(stage.make, place=f"stages.{node.name}.make"), model)
-            _besides(row, made, rate)
+            _besides(row, aside, rate)
+        row["notes"] += [f"while it fits, {size(one['held'])} of weights are held" for one in aside if "held" in one]
         return
     count = stage.batch.value / stage.length if stage.batch.unit == "tok" else stage.batch.value
     row["rows"] = max(1, round(count))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tutelage.base import registry
 from tutelage.base.spec import Stage
 from tutelage.core import flops, memory, micro, quantized, shape
 from tutelage.core.anatomy import Anatomy, anatomy
@@ -172,6 +173,17 @@ def besides(
     return found
 
 
+def aside(node: Node, model: Model) -> list[dict[str, Any]]:
+    """What a stage without steps of training computes: `what` and `flops`; of a fit `held`, bytes of weights, too."""
+    stage, place = node.stage, f"stages.{node.name}"
+    if stage.make is not None:
+        return written(registry.make(stage.make, place=f"{place}.make"), model)
+    if stage.apply is None:
+        return []
+    method, count = registry.make(stage.apply, place=f"{place}.apply"), len(node.starts())
+    return fitted(method, model, length=stage.length, starts=count, sources=len(stage.data))
+
+
 def written(method: Any, model: Model) -> list[dict[str, Any]]:
     """What writing passages takes: each token once through the model, at the length that it has by then."""
     passages, length = getattr(method, "passages", None), getattr(method, "length", None)
@@ -179,6 +191,19 @@ def written(method: Any, model: Model) -> list[dict[str, Any]]:
         return []
     what = f"{method.name()} writes {passages:,} passages of {length} tokens, one token after another"
     return [{"what": what, "flops": passages * pass_per_row(model, length)}]
+
+
+def fitted(method: Any, model: Model, *, length: int, starts: int, sources: int) -> list[dict[str, Any]]:
+    """What a merge's fit takes: each of its `steps` learns from `rows` rows of every source that it reads (`inputs`, else
+    all), and where it reads the answers of the starts, one of these answers each row too."""
+    steps, rows = getattr(method, "steps", None), getattr(method, "rows", None)
+    if "fit" not in method.hooks() or not (isinstance(steps, int) and isinstance(rows, int)):
+        return []
+    count = steps * rows * len(getattr(method, "inputs", None) or range(sources))
+    each = work_of(model, length).row(length) + ("starts" in method.refs) * pass_per_row(model, length)
+    held = 4 * model.params * (starts + 1) + 4 * model.params * ("starts" in method.refs)
+    what = f"{method.name()} fits in {steps:,} steps, {count:,} rows in all"
+    return [{"what": what, "flops": count * each, "held": held}]
 
 
 def _forward(model: Model, length: int) -> float:

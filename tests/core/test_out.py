@@ -10,7 +10,7 @@ from torch import nn
 from tests.core.tiny import CONFIGS, NAMES, VOCAB, tiny, tokens
 from tutelage.base.errors import UserError
 from tutelage.core.anatomy import anatomy
-from tutelage.core.out import cross_entropy, forward, kl, token_logprob, token_nll
+from tutelage.core.out import cross_entropy, forward, js, kl, token_logprob, token_nll
 from tutelage.core.types import IGNORE
 
 FEW = 5 * VOCAB  # five positions a chunk
@@ -158,6 +158,39 @@ def test_kl_is_zero_to_itself_and_both_directions_are_right():
     assert torch.allclose(got.total, (((q.exp() * (q - p)).sum(-1)) * weight[mask]).sum(), rtol=1e-4)
     with pytest.raises(UserError, match="like with like"):
         kl(out, called(other, tokens("llama", length=7)))
+
+
+def test_js_is_that_of_whole_logits_with_its_gradient_however_they_are_cut():
+    model, other, inputs = tiny("llama"), tiny("llama", seed=1), tokens("llama")
+    out, ref = called(model, inputs), called(other, inputs)
+    mask = torch.rand(out.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    p, q = (m(**inputs).logits.softmax(-1)[mask] for m in (model, other))
+    middle = (p + q) / 2
+    want = ((p * (p / middle).log()).sum() + (q * (q / middle).log()).sum()) / 2
+    want.backward()
+    whole = grads_of(model)
+    for budget in (None, FEW):
+        got = js(called(model, inputs), ref, keep=mask, budget=budget)
+        assert got.weight == mask.sum() and torch.allclose(got.total, want, rtol=1e-4)
+        got.total.backward()
+        assert_close(grads_of(model), whole, tolerance=1e-5)
+        other_way = js(called(other, inputs), out, keep=mask, budget=budget).total
+        assert torch.allclose(other_way, want, rtol=1e-4)
+    assert abs(js(out, called(model, inputs)).total.item()) < 1e-4
+    with pytest.raises(UserError, match="JS compares like with like"):
+        js(out, called(other, tokens("llama", length=7)))
+
+
+def test_js_of_answers_that_share_nothing_is_the_logarithm_of_two():
+    model, other, inputs = tiny("llama", tied=False), tiny("llama", tied=False), tokens("llama")
+    with torch.no_grad():
+        for m, token in ((model, 5), (other, 6)):
+            m.lm_head.weight.zero_()
+            m.lm_head.weight[token] = 1e4 * torch.sign(called(m, inputs).hidden_BTD[0, 0])
+    mask = torch.zeros(called(model, inputs).shape, dtype=torch.bool)
+    mask[0, 0] = True
+    got = js(called(model, inputs), called(other, inputs), keep=mask).total
+    assert got.item() == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_numbers_of_single_positions_come_back_in_place():

@@ -78,6 +78,11 @@ HOOKS: dict[str, Hook] = {
         "settings(group) -> dict[str, Any]", "a group's settings besides its rate, asked again when steered"
     ),
     "factor": Hook("factor(clock) -> float", "share of the base rate, pure", slot="schedule"),
+    "fit": Hook(
+        "fit(model, starts, view) -> Iterator[(dict[str, float], list[Batch])]",
+        "finds on data what a merge needs, before its first `tensor`: after each step its numbers and what it read",
+        kind="apply",
+    ),
     "tensor": Hook("tensor(name, tensors, base, view) -> Tensor", "merges one tensor", kind="apply"),
     "grow": Hook(
         "grow(config, tensors, view) -> (config, tensors)", "a larger model from a smaller one's tensors", kind="apply"

@@ -23,7 +23,7 @@ class Method(BaseModel):
     off: ClassVar[dict[str, Any] | None] = None  # the neutral setting, at which the engine drops the method
     no_off: ClassVar[str | None] = None  # why there is none (a merge, an optimizer)
     needs: ClassVar[frozenset[str]] = frozenset()  # of the forward pass: "hidden", "attentions"
-    refs: ClassVar[frozenset[str]] = frozenset()  # frozen models it asks `view.ref` for
+    refs: ClassVar[frozenset[str]] = frozenset()  # frozen models it asks for: `start` of `view.ref`; of a fit, `starts`
     wants_base: ClassVar[bool] = False  # a merge whose first input is what the others are compared with
     takes: ClassVar[int | None] = None  # how many models it starts from, a base among them; or any, to grow one
     tokenizer_of: ClassVar[int] = 0  # of a transformation: which of its starts gives the tokenizer
@@ -64,6 +64,10 @@ class Method(BaseModel):
         """Files that it reads, besides the data: their content enters the stage's fingerprint."""
         return []
 
+    def suits(self, models: int, sources: list[str]) -> None:
+        """Of a merge with `fit`, asked before anything runs: UserError where it cannot work on so many models, or sources
+        of these names. The error begins with the key of the stage: `apply.inputs: …`."""
+
     def keeps_function(self) -> bool:
         """Whether a model that it grows must answer as its start does, which is checked after `grow`."""
         return False
@@ -93,7 +97,8 @@ class Bench:
     `arm` and `baseline` are merged into stage `stage` of the base recipe (its last stage when left out). `tune` maps a
     dotted key to the values tried, with the same number of trials for arm (`tune`) and baseline (`tune_baseline`).
     `tune_by` is what the trials are chosen by, where that is not the metric: a rate chosen for forgetting alone would
-    be the one that learns nothing. A name without a column (`bits_per_byte`) is the mean over columns.
+    be the one that learns nothing. A name without a column (`bits_per_byte`) is the mean over columns,
+    one with several (`bits_per_byte/code,prose`) over these.
     `margin` is the smallest difference that would matter, in the metric's unit, fixed beforehand.
     """
 

@@ -47,7 +47,8 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
 
 def sweep(folder: Path) -> None:
     """Clear away what a killed writer left half-done; what it had only moved aside goes back. The folder is ours."""
-    for path in [*folder.glob(".*"), *folder.glob("state/.*"), *folder.glob("picked/.*")]:
+    beside = ("", "state/", "picked/", "fit/")
+    for path in [path for place in beside for path in folder.glob(f"{place}.*")]:
         whole = path.with_name(path.name[1:].removesuffix(".old"))
         if path.name.endswith(".old") and not whole.exists():
             os.rename(path, whole)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
-from tutelage.core import artifact, forward, quantized, surgery, writing
+from tutelage.core import artifact, fitting, forward, quantized, surgery, writing
 from tutelage.core.graph import Node
 from tutelage.core.record import dumps, newest_line, read_lines, write_whole
 from tutelage.core.shard import World
@@ -135,13 +135,29 @@ def apply(node: Node, *, world: World, say: Say) -> None:
         folders = [folder for folder, _ in starts if folder is not None]
         if len(folders) != len(starts) or not folders:
             raise UserError(f"stages.{node.name}.start: {method.name()} transforms weights; a config has none")
-        made = node.folder / "made"
-        site: dict[str, Any] = {"place": f"stages.{node.name}", "seed": node.seed, "stage": node.root}
+        made, place = node.folder / "made", f"stages.{node.name}"
+        site: dict[str, Any] = {"place": place, "seed": node.seed, "stage": node.root}
+        fitted = None
+        if "fit" in method.hooks():
+            fitted = fitting.fit(node, method, surgery.alike(method, folders, place=place), say=say)
+            say({"doing": "transforming"})
         artifact.publish(made, lambda folder: surgery.transform(method, folders, folder, **site))
         base = opened(node, world=world, say=say, start={"folder": str(made)})
-        Evaluated(node, base, say).run(beside=method.state)
+        Evaluated(node, base, say).run(beside=numbers_of(method.state), after=fitted)
         publish_model(node, base.engine.model, base.processor)
         shutil.rmtree(made)
+        fitting.forget(node.folder)
+
+
+def numbers_of(state: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers that a transformation left, those within dicts by their path; tensors stay behind."""
+    found: dict[str, float] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            found |= numbers_of(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 class Evaluated:
@@ -150,7 +166,7 @@ class Evaluated:
     def __init__(self, node: Node, base: Opened, say: Say) -> None:
         self.node, self.base, self.say = node, base, say
 
-    def run(self, *, beside: dict[str, float]) -> dict[str, Any]:
+    def run(self, *, beside: dict[str, float], after: fitting.Fitted | None = None) -> dict[str, Any]:
         from tutelage.core.measure import Evals
 
         spec, modality = self.node.stage.evals, self.node.graph.modality
@@ -159,9 +175,11 @@ class Evaluated:
         self.say({"doing": "measuring"})
         found = Evals(spec, probes, []).run(self.base.view, final=True)
         found["values"] |= beside
-        row = {"kind": "eval", "tick": 0, "step": 0, "tokens": 0, "final": True, "flops": 0.0, **found}
         assert self.node.folder is not None
-        write_whole(self.node.folder / "metrics.jsonl", dumps(row) + "\n")
+        path = self.node.folder / "metrics.jsonl"
+        counts = after.counts if after else {"tick": 0, "step": 0, "tokens": 0, "flops": 0.0}
+        before = path.read_bytes()[: after.bytes].decode() if after else ""
+        write_whole(path, before + dumps({"kind": "eval", **counts, "final": True, **found}) + "\n")
         return found
 
 

@@ -17,7 +17,7 @@ from tutelage.base.links import order, references
 from tutelage.base.method import Method
 from tutelage.base.spec import Recipe, SourceSpec, Stage, is_late
 from tutelage.base.values import unbound
-from tutelage.core import fused, hashes, quantized
+from tutelage.core import fused, hashes, quantized, surgery
 from tutelage.core.identity import code_id, difference, file_id, weights_id
 from tutelage.core.modality import Modality
 from tutelage.core.profile import TIMED, Profile
@@ -217,7 +217,7 @@ class Graph:
             graph.nodes[stage_name] = Node(stage_name, recipe.stages[stage_name], graph)
         for node in graph.nodes.values():
             methods = methods_of(node.name, unbound(node.stage))
-            for mode in (quantized, fused):  # refuse early
+            for mode in (quantized, fused, surgery):  # refuse early
                 mode.check(node.name, node.stage, methods)
         return graph
 
@@ -329,9 +329,10 @@ class Graph:
     def _methods(self, node: Node) -> list[Method]:
         entries = [e for e in (node.stage.apply, node.stage.make, *(node.stage.measure or [])) if e is not None]
         entries += self._probes(node) if node.stage.on else []
-        if node.stage.until is not None and node.stage.objective is None and (config := self._config(node)):
-            entries.append(self.modality.objective_of(config))
         own = [registry.make(entry, place=f"stages.{node.name}") for entry in entries]
+        learns = node.stage.until is not None or any("fit" in method.hooks() for method in own)
+        if learns and node.stage.objective is None and (config := self._config(node)):
+            own.append(registry.make(self.modality.objective_of(config), place=f"stages.{node.name}"))
         methods = methods_of(node.name, node.stage)
         if node.stage.make is not None:
             methods.slots |= dict.fromkeys(_TRAINING)

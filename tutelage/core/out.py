@@ -16,6 +16,7 @@ Shape letters: B rows, T positions, N positions of a chunk, D hidden width, V vo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -259,13 +260,7 @@ def kl(
     Differentiable with respect to `out`. Both are taken at `temperature`; the usual factor temperature² is the
     caller's. The weight is the number of positions kept, or the sum of their weights.
     """
-    if out.shape != ref.shape or out._head.vocab != ref._head.vocab:
-        raise UserError(
-            f"KL compares like with like: the model answers {out.shape} positions over {out._head.vocab} tokens, "
-            f"the reference {ref.shape} over {ref._head.vocab}"
-        )
-    if keep is not None and keep.dtype == torch.bool:
-        keep = keep.flatten().nonzero().flatten()
+    keep = _compared("KL", out, ref, keep)
 
     def divergence(logits_NV: Tensor, ref_NV: Tensor, *weight_N: Tensor) -> Tensor:
         ours = F.log_softmax(logits_NV.float() / temperature, dim=-1)
@@ -280,6 +275,33 @@ def kl(
         return Sum(out.reduce(divergence, ref, keep=keep, budget=budget), float(count))
     flat = weight_BT.flatten() if keep is None else weight_BT.flatten().index_select(0, keep)
     return Sum(out.reduce(divergence, ref, weight_BT, keep=keep, budget=budget), flat.float().sum())
+
+
+def js(out: Out, ref: Out, *, keep: Tensor | None = None, budget: int | None = None) -> Sum:
+    """Summed Jensen-Shannon divergence in nats (Lin 1991): (KL(p_out || m) + KL(p_ref || m)) / 2, m = (p_out + p_ref) / 2.
+
+    Between 0 and log 2 at each position. Differentiable with respect to `out`; the weight is the number of positions kept.
+    """
+    keep = _compared("JS", out, ref, keep)
+
+    def divergence(logits_NV: Tensor, ref_NV: Tensor) -> Tensor:
+        ours, theirs = (F.log_softmax(logits.float(), dim=-1) for logits in (logits_NV, ref_NV))
+        middle = torch.logaddexp(ours, theirs) - math.log(2.0)
+        found = [F.kl_div(middle, one, reduction="sum", log_target=True) for one in (ours, theirs)]
+        return 0.5 * (found[0] + found[1])
+
+    count = len(keep) if keep is not None else out.shape[0] * out.shape[1]
+    return Sum(out.reduce(divergence, ref, keep=keep, budget=budget), float(count))
+
+
+def _compared(what: str, out: Out, ref: Out, keep: Tensor | None) -> Tensor | None:
+    """The flat numbers of the positions that are kept, of two answers that can be compared."""
+    if out.shape != ref.shape or out._head.vocab != ref._head.vocab:
+        raise UserError(
+            f"{what} compares like with like: the model answers {out.shape} positions over {out._head.vocab} tokens, "
+            f"the reference {ref.shape} over {ref._head.vocab}"
+        )
+    return keep.flatten().nonzero().flatten() if keep is not None and keep.dtype == torch.bool else keep
 
 
 def _sum_of_nll(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

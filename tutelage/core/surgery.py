@@ -14,8 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.base.method import Method
+from tutelage.base.spec import Stage
+from tutelage.base.values import unbound
 from tutelage.core.artifact import About, read_header, save_tensors, write_tensors
 from tutelage.core.randomness import generator, seed_of
 from tutelage.core.types import Layout
@@ -86,6 +89,20 @@ class Site:
         return layout(config)
 
 
+def check(name: str, stage: Stage, methods: Any) -> None:
+    """Refuse, before anything is made, a merge that fits on data where these are missing or do not suit it."""
+    entry = unbound(stage).apply
+    method = registry.make(entry, place=f"stages.{name}.apply") if entry is not None else None
+    if method is None or "fit" not in method.hooks():
+        return
+    if not stage.data:
+        raise UserError(f"stages.{name}.data: {method.name()} fits on data; name what it reads here")
+    try:
+        method.suits(len(stage.start) if isinstance(stage.start, list) else 1, list(stage.data))
+    except UserError as error:
+        raise UserError(f"stages.{name}.{error}") from error
+
+
 def transform(
     method: Method, folders: list[Path], out: Path, *, place: str, seed: int = 0, stage: str = "applied"
 ) -> None:
@@ -142,16 +159,8 @@ def copy_beside(folder: Path, out: Path) -> None:
 
 def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: str) -> None:
     """One tensor at a time, read and written, so that peak memory hangs on the largest tensor and not on the model."""
-    if method.takes not in (None, len(folders)):
-        raise UserError(f"{place}.start: {method.name()} takes {method.takes} models; here are {len(folders)}")
-    inputs = [Weights(folder) for folder in folders]
+    inputs = alike(method, folders, place=place)
     names = list(inputs[0])
-    for other in inputs[1:]:
-        odd = sorted(set(names) ^ set(other))
-        if odd:
-            raise UserError(
-                f"{place}.start: {folders[0]} and {other.folder} do not hold the same tensors: {odd[0]} is in one only"
-            )
     about = inputs[0].about
     wide = {name: about[name].size // max(1, math.prod(about[name].shape)) for name in names}  # bytes of an entry
     site = replace(site, names=tuple(names), inputs=tuple(inputs), configs=tuple(map(_config, folders)))
@@ -160,13 +169,32 @@ def merge(method: Method, folders: list[Path], out: Path, site: Site, *, place: 
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = ((n, merge_one(method, n, [weights[n] for weights in inputs], site, place=place)) for n in shard)
+        tensors = ((n, merge_one(method, n, [weights[n] for weights in inputs], site)) for n in shard)
         write_tensors(out / file, {name: about[name] for name in shard}, tensors)
         index |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(about[name].size for name in names)
         whole: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": index}
         (out / "model.safetensors.index.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
+
+
+def alike(method: Method, folders: list[Path], *, place: str) -> list[Weights]:
+    """The starts of a merge. UserError where there are too many or too few, or they do not hold the same tensors."""
+    if method.takes not in (None, len(folders)):
+        raise UserError(f"{place}.start: {method.name()} takes {method.takes} models; here are {len(folders)}")
+    inputs = [Weights(folder) for folder in folders]
+    for other in inputs[1:]:
+        odd = sorted(set(inputs[0]) ^ set(other))
+        if odd:
+            raise UserError(
+                f"{place}.start: {folders[0]} and {other.folder} do not hold the same tensors: {odd[0]} is in one only"
+            )
+    for name in inputs[0]:
+        found = [weights.about[name].shape for weights in inputs]
+        if any(shape != found[0] for shape in found):
+            shapes = ", ".join(str(tuple(shape)) for shape in found)
+            raise UserError(f"{place}.start: {name} has different shapes ({shapes}); models that merge have one shape")
+    return inputs
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -187,11 +215,8 @@ def sharded(sizes: dict[str, int]) -> list[list[str]]:
     return shards
 
 
-def merge_one(method: Method, name: str, tensors: list[Tensor], site: Site, *, place: str) -> Tensor:
+def merge_one(method: Method, name: str, tensors: list[Tensor], site: Site) -> Tensor:
     """One merged tensor, in the first input's type. The first start is the base where the method wants one."""
-    if any(t.shape != tensors[0].shape for t in tensors):
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
-        raise UserError(f"{place}.start: {name} has different shapes ({shapes}); models that merge have one shape")
     if not tensors[0].is_floating_point():
         return tensors[0]
     exact = [t.to(torch.float32) for t in tensors]

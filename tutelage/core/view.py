@@ -115,16 +115,17 @@ class View:
 
     def model(self, batch: Batch, *, needs: frozenset[str] = frozenset()) -> Out:
         """The model as it is now, without gradients, in evaluation mode; `needs` as a method's own."""
-        return self._without_gradients(self.engine.model, batch, needs)
+        return self.without_gradients(self.engine.model, batch, needs=needs)
 
     def ref(self, name: str = "start") -> Callable[[Batch], Out]:
         """A frozen model: `start`, the weights that this stage began with."""
         if name not in self._refs:
             assert self._open_ref is not None
             self._refs[name] = self._open_ref(name)
-        return lambda batch: self._without_gradients(self._refs[name], batch)
+        return lambda batch: self.without_gradients(self._refs[name], batch)
 
-    def _without_gradients(self, model: nn.Module, batch: Batch, needs: frozenset[str] = frozenset()) -> Out:
+    def without_gradients(self, model: nn.Module, batch: Batch, *, needs: frozenset[str] = frozenset()) -> Out:
+        """What some model of this shape answers, in evaluation mode."""
         training = model.training
         model.eval()
         try:

@@ -64,3 +64,11 @@ def moved(run: Any) -> dict[str, float]:
     still = sum(int((end[name] == start[name]).sum()) for name in names)
     square = sum(float((end[name].double() - start[name].double()).square().sum()) for name in names)
     return {"moved": square**0.5, "still": still / total}
+
+
+def fell(run: Any) -> dict[str, float]:
+    """By which share the loss of a fit fell from its first step to its last, and what was measured of the merge in the end."""
+    losses = [row["loss"] for row in run.rows if row["kind"] == "train"]
+    values = next(row["values"] for row in reversed(run.rows) if row["kind"] == "eval")
+    bits = [value for key, value in values.items() if key.startswith("bits_per_byte/b")]
+    return {"fell": 1 - losses[-1] / losses[0] if losses else 0.0, "bits": sum(bits)}
