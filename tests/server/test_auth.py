@@ -184,7 +184,17 @@ def test_a_browser_without_a_right_gets_a_form_and_a_token_in_it_opens_a_session
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "localhost.evil.example:80", ""]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8765",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:80",
+        "",
+        "127.0.0.1:80@evil.example",
+        "localhost:evil.example",
+        "[::1]@evil.example",
+    ],
 )
 def test_a_name_that_was_rebound_to_this_machine_is_refused(client: TestClient, host: str) -> None:
     assert client.get("/api/runs", headers={"host": host}).status_code == 403

@@ -334,10 +334,9 @@ def _is_address(name: str) -> bool:
 
 
 def _name(host: str) -> str:
-    """Of `name:port` or `[::1]:port` the name."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if ":" in host else host
+    """Of `name:port` or `[::1]:port` the name; of anything else all of it, which nobody is called."""
+    found = re.fullmatch(r"(?:\[([^\]]*)\]|([^:]*))(?::\d{0,5})?", host)
+    return (found[1] or found[2] or "") if found else host
 
 
 def _forwarded(headers: Headers) -> bool:
