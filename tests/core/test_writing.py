@@ -231,7 +231,7 @@ def test_whatever_an_endpoint_does_is_one_line_after_a_bounded_number_of_tries(n
         timeout = 0.2 if name == "slow" else 20
         run(graph(tmp_path, **asked_at(one, tries=2, timeout=timeout, parallel=2, key_env="WRITER_KEY")))
     assert "\n" not in str(found.value) and "sk-1" not in str(found.value)
-    assert len(one.asked) <= 12
+    assert len(one.asked) <= (2 if name in ("locked", "elsewhere") else 12), "what does not pass is not tried again"
 
 
 def test_nobody_at_the_address_is_one_line(tmp_path, endpoints):
@@ -341,7 +341,10 @@ def test_a_ledger_gives_back_what_was_added_and_gives_up_what_was_torn(tmp_path)
     assert {key for key in found if again.find(key)} == found.keys() - {"k3", "k8"}
     again.add([("k8", found["k8"])])
     assert again.find("k8") == found["k8"] and again.find("k0") == found["k0"]
-    again.close(done=True)
+    again.close(done=False)
+    third = Ledger(tmp_path / LEDGER)
+    assert third.find("k8") == found["k8"], "what was torn does not spoil what comes after it"
+    third.close(done=True)
     assert not (tmp_path / LEDGER).exists()
 
 

@@ -84,7 +84,8 @@ def test_a_list_that_cannot_be_read_is_asked_for_again_and_not_for_ever():
             return "Many people." if len(asked) < 3 else reply(text)
         return reply(text)
 
-    rows, state, _ = told(mumbles)
+    rows, state, writer = told(mumbles)
+    assert sum(question.purpose.startswith("entities") for question in writer.asked) == 3 + 1, "the other document once"
     assert len(asked) == 3 and state["without_entities"] == 0 and len(rows) == 2 + 6 + 4 + 1
     asked.clear()
     rows, state, _ = told(mumbles, asks=2)

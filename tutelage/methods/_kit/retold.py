@@ -66,15 +66,15 @@ def cut(text: str, *, size: Callable[[str], int], most: int) -> list[str]:
     A word that is longer than that is cut, too. All that is said stands in one passage, in order.
     """
     passages: list[str] = []
-    last = 0
+    room = 0
     for piece in _pieces(text, size, most):
-        joined = f"{passages[-1]}{piece}" if passages else piece
-        length = last + size(piece)  # of the parts: the whole is seldom longer, and is looked at where it might be
-        if passages and length <= most and size(joined.strip()) <= most:
-            passages[-1], last = joined, length
+        length = size(piece)  # joined they have no more tokens than apart, for joining divides nothing
+        if passages and length <= room:
+            passages[-1] += piece
+            room -= length
         else:
             passages.append(piece)
-            last = size(piece)
+            room = most - length
     return [found for passage in passages if (found := passage.strip())]
 
 
