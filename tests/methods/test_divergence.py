@@ -11,18 +11,12 @@ from torch.func import functional_call
 
 from tests.core.tiny import tiny
 from tests.methods.small import Texts, data_of, view_of
+from tests.methods.tuned import TEXTS, beginning, tuned
 from tutelage.base import registry
-from tutelage.core.fitting import Starts
 from tutelage.core.surgery import Site, Weights
 from tutelage.core.types import IGNORE
 from tutelage.methods._kit.blends import Blend
 from tutelage.methods.merge.divergence import layer_of
-
-TEXTS = {
-    "letters": ["abcabcabcabcabcabc", "bcabcabcabcabca", "cabcabcabcabc"],
-    "digits": ["1234512345123451", "34512345123451234", "5123451234512"],
-}
-STEPS = {"letters": 12, "digits": 40}  # the second task is learned for longer, so its vector is longer
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -32,29 +26,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folders(kind: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A base and two models tuned from it, each to texts of its own."""
-    home = tmp_path_factory.mktemp(kind)
-    tiny(kind).save_pretrained(home / "base")
-    objective = registry.make("objective/causal_lm")
-    for name, texts in TEXTS.items():
-        view = view_of(kind, objective=objective)
-        model, (batch,) = view.engine.model, data_of([Texts(name, texts)]).once(3)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(STEPS[name]):
-            found = objective.loss(view.engine.out, batch, view)
-            (found.total / found.weight).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.save_pretrained(home / name)
-    return [home / name for name in ("base", *TEXTS)]
-
-
-def beginning(kind: str, folders: list[Path]) -> tuple[Any, Starts]:
-    """A view on the base, with both sources, and the starts."""
-    model = tiny(kind)
-    view = view_of(kind, objective=registry.make("objective/causal_lm"), model=model.eval())
-    view._source = lambda name: data_of([Texts(name, TEXTS[name])])
-    return view, Starts([Weights(folder) for folder in folders], ["base", *TEXTS], view)
+    return tuned(kind, tmp_path_factory.mktemp(kind))
 
 
 def fitted(kind: str, folders: list[Path], **settings: Any) -> tuple[Any, list[dict[str, float]]]:

@@ -114,8 +114,8 @@ def effect(run: Seen) -> dict[str, float]:
 
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
-    """The divergence fell while it was fitted, and the model that came of it is better for it."""
-    return on["fell"] > 0.5 and on["moved"] > 0 and on["bits"] < 0.8 * off["bits"]
+    """The divergence fell while it was fitted, layers found multiples of their own, and the model that came of it is better."""
+    return on["fell"] > 0.5 and on["apart"] > 0.01 and on["bits"] < 0.8 * off["bits"]
 
 
 # Only the arm fits; what that costs stands beside the verdict, and the baseline has as many scales tried on labelled text.
