@@ -51,7 +51,11 @@ HOOKS: dict[str, Hook] = {
     ),
     "weigh": Hook("weigh(batch, view) -> Tensor[B]", "row weights; rows of weight 0 leave before the training pass"),
     "batch": Hook("batch(batch, view) -> Batch", "changes a batch before the forward pass, in list order"),
-    "pack": Hook("pack(lengths, length) -> list[int]", "which waiting pieces join in a row", slot="packing"),
+    "pack": Hook(
+        "pack(lengths, length) -> list[int]",
+        "which waiting pieces (its field `look_ahead` says of how many) or prompts join in a row",
+        slot="packing",
+    ),
     # what is learned
     "loss": Hook("loss(model, batch, view) -> Sum", "the objective", slot="objective"),
     "measured": Hook("measured(batch, view) -> Batch", "prepares a batch for its loss without chance", kind="measure"),

@@ -79,8 +79,12 @@ class Modality(Protocol):
         temperature: float = 1.0,
         top_p: float = 1.0,
         rows: int = 16,
+        pack: Callable[[list[int], int], list[int]] | None = None,
     ) -> list[str]:
-        """Continuations of prompts (an empty prompt begins a document), batched, with a key-value cache."""
+        """Continuations of prompts (an empty prompt begins a document), batched, with a key-value cache.
+
+        By `pack`, a stage's packing rule, prompts may share rows while they are read.
+        """
         ...
 
     def asked(self, processor: Any, text: str, *, config: dict[str, Any]) -> list[int]:

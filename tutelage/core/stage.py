@@ -240,7 +240,7 @@ def opened(node: Node, *, world: World, say: Say, start: Any = None) -> Opened:
     if stage.tokenizer is not None and folder is not None:
         own = modality.processor(None, folder=folder, texts=list, cache=node.graph.runs / ".data")
         view.same_tokens = modality.processor_id(own) == modality.processor_id(processor)
-    view.generate = partial(modality.generate, model, processor)
+    view.generate = partial(modality.generate, model, processor, pack=packing if callable(packing) else None)
     view.batch_of = partial(modality.batch_of, processor=processor)
     view.decode = partial(processor.decode, skip_special_tokens=True)
     corpora = Corpora(node, processor, say)

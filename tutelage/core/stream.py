@@ -117,7 +117,8 @@ class Order:
 
     packing: `documents` joins pieces that fit and cuts only one that is longer than a whole row; its rest begins the
     next row. `concat` cuts at the row's end and pads nothing. `single` puts one piece in a row. A callable chooses
-    among the pieces within the look-ahead. Pieces passed over wait, at most `look_ahead` of them, oldest first.
+    among the pieces within the look-ahead, a method within its own (its field `look_ahead`). Pieces passed over wait,
+    at most `look_ahead` of them, oldest first.
     Raises UserError for a source without chunks or with an empty one.
     """
 
@@ -131,6 +132,7 @@ class Order:
         if isinstance(packing, str) and packing not in ("documents", "concat", "single"):
             hint = did_you_mean(packing, ("documents", "concat", "single"))
             raise UserError(f"packing '{packing}' is not known{hint} (documents, concat, single)")
+        look_ahead = getattr(getattr(packing, "__self__", None), "look_ahead", look_ahead)
         assert look_ahead >= 1
         rank = source.rank
         assert rank is None or np.array_equal(np.sort(rank), np.arange(len(chunks))), "rank is not a permutation"

@@ -115,6 +115,7 @@ class Pair:
         temperature: float = 1.0,
         top_p: float = 1.0,
         rows: int = 16,
+        pack: Any = None,  # a row holds one prompt with its picture
     ) -> list[str]:
         """Continuations. A prompt is a text, or `{image: picture, text: …}` with a picture of any form a record has."""
 

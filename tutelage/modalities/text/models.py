@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tutelage.core.anatomy import Anatomy
 from tutelage.core.memory import is_oom
 from tutelage.core.out import forward
 from tutelage.core.randomness import reseed
+from tutelage.modalities.text import prefill
 
 transformers.utils.logging.disable_progress_bar()  # ours shows the stage
 
@@ -218,12 +220,14 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     rows: int = 16,
+    pack: prefill.Pack | None = None,
 ) -> list[str]:
     """Continuations, batched, with transformers' generation and its key-value cache. Temperature 0 is greedy.
 
-    A masked model, which transformers lets generate nothing, fills in blanks.
+    A masked model, which transformers lets generate nothing, fills in blanks. With `pack`, a stage's packing rule,
+    prompts of unequal length are read in shared rows.
     """
-    each = _generate if callable(getattr(model, "generate", None)) else _fill_in
+    each = partial(_generate, pack=pack) if callable(getattr(model, "generate", None)) else _fill_in
 
     def write(some: list[str]) -> list[str]:
         return each(model, processor, some, tokens, temperature, top_p)
@@ -247,7 +251,14 @@ def in_batches(
 
 
 def _generate(
-    model: nn.Module, processor: Any, prompts: list[str], tokens: int, temperature: float, top_p: float
+    model: nn.Module,
+    processor: Any,
+    prompts: list[str],
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    *,
+    pack: prefill.Pack | None = None,
 ) -> list[str]:
     ids = [processor(p, add_special_tokens=False)["input_ids"] if p else [] for p in prompts]
     encoder = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -277,6 +288,8 @@ def continued(
     settings: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": tokens, "pad_token_id": fill}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    if pack is not None and not encoder:
+        settings["past_key_values"] = prefill.prefilled(model, ids, width=width, pack=pack)
     with torch.no_grad():
         out = model.generate(input_ids=left, attention_mask=mask, **settings)
     found: list[list[int]] = (out if encoder else out[:, width:]).tolist()
