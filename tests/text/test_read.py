@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -225,6 +226,15 @@ def test_paths_that_lead_nowhere_are_one_clear_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no text or record files"):
         read.find(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_what_may_never_end_is_no_source(tmp_path: Path, kind: str) -> None:
+    place = "/dev/zero" if kind == "device" else str(tmp_path / "pipe.jsonl")
+    if kind == "pipe":
+        os.mkfifo(place)
+    with pytest.raises(UserError, match="a device, pipe or socket, which may never end"):
+        read.find(place)
 
 
 def test_real_files_are_read_as_they_are():

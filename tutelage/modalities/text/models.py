@@ -263,7 +263,7 @@ def _generate(
     ids = [processor(p, add_special_tokens=False)["input_ids"] if p else [] for p in prompts]
     encoder = bool(getattr(model.config, "is_encoder_decoder", False))
     ids = [row if encoder and row else [begin_of(processor), *row] for row in ids]
-    new = continued(model, processor, ids, tokens, temperature, top_p)
+    new = continued(model, processor, ids, tokens, temperature, top_p, pack=pack)
     return [processor.decode(row, skip_special_tokens=True) for row in new]
 
 
@@ -274,7 +274,14 @@ def begin_of(processor: Any) -> int:
 
 
 def continued(
-    model: nn.Module, processor: Any, ids: list[list[int]], tokens: int, temperature: float, top_p: float
+    model: nn.Module,
+    processor: Any,
+    ids: list[list[int]],
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    *,
+    pack: prefill.Pack | None = None,
 ) -> list[list[int]]:
     """The tokens that a model writes after each row of tokens, at most `tokens`, its end token among them."""
     encoder = bool(getattr(model.config, "is_encoder_decoder", False))

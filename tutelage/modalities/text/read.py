@@ -105,8 +105,10 @@ def find(paths: str | list[str]) -> tuple[list[File], list[str]]:
                 raise UserError(f"{given}: the folder holds no text or record files; name them with a glob instead")
             if passed:
                 notes.append(f"{given}: {len(passed)} files of other kinds passed over (first: {passed[0]})")
-        elif place.exists():
+        elif place.is_file():
             found = [place]
+        elif place.exists():
+            raise UserError(f"{given}: a device, pipe or socket, which may never end; write what it gives to a file")
         elif glob.has_magic(given):
             found = [Path(p) for p in sorted(glob.glob(str(place), recursive=True)) if Path(p).is_file()]
             if not found:
