@@ -264,7 +264,7 @@ def build(node: Node, *, world: World, say: Say) -> Run:
     sources = {name: wrap(name, source) for name, source in sources.items()}
     how: Any = {"seed": node.seed, "length": stage.length, "packing": base.packing}
     collate, whole = partial(modality.collate, length=stage.length), dict(sources)
-    view._source = lambda name: Data({name: whole[name]}, collate, **how)
+    view._source = lambda name: Data({name: whole[name]}, collate, **how)  # with what methods put before documents
     cut = parts.Parts.of(methods.slots["curriculum"], decode=view.decode)
     for source in list(sources.values()):
         sources |= cut.add(source)
@@ -398,7 +398,11 @@ def view_of_data(view: View, node: Node, corpora: Corpora, packing: Any) -> None
         model = modality.model(folder, config, processor=corpora.processor, length=stage.length)
         return model.to(view.engine.device).requires_grad_(False).eval()
 
-    view._data, view._open_ref, view.sources = data, ref, list(stage.data)
+    def own(name: str) -> Data:
+        source = corpora.of(name, stage.data[name]).train
+        return Data({name: source}, collate, seed=node.seed, length=stage.length, packing=packing)
+
+    view._data, view._open_ref, view._source, view.sources = data, ref, own, list(stage.data)
     for column, spec in columns(node).items():
         source = corpora.of(column, spec).heldout
         view.heldout[column] = Data({column: source}, collate, seed=0, length=stage.length, packing=packing)
