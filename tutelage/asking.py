@@ -116,15 +116,14 @@ def short(value: Any) -> str:
 
 
 def said(act: dict[str, Any]) -> str:
-    """An action on one line: `set optim.lr 0.0003`."""
+    """An action on one line: `set optim.lr 0.0003`. It may be one that was refused, and lack anything."""
+    do = str(act.get("do"))
     rest = {key: value for key, value in act.items() if key not in ("do", "acts") and value is not None}
-    if act["do"] in ("set", "scale"):
-        return f"{act['do']} {act['path']} {short(act.get('to', act.get('by')))}"
-    if act["do"] == "mix":
-        return f"mix {short(act['weights'])}"
-    return " ".join(
-        [act["do"], *(f"{key}={short(value)}" for key, value in rest.items() if value not in (False, {}, []))]
-    )
+    if do in ("set", "scale"):
+        return f"{do} {act.get('path')} {short(act.get('to', act.get('by')))}"
+    if do == "mix":
+        return f"mix {short(act.get('weights'))}"
+    return " ".join([do, *(f"{key}={short(value)}" for key, value in rest.items() if value not in (False, {}, []))])
 
 
 def logged(entry: dict[str, Any]) -> list[str]:

@@ -159,7 +159,9 @@ def log(folder: Path) -> list[dict[str, Any]]:
             _join(entries, act, line["tick"])
     for told in _answers(folder):
         if told.get("state") == "refused" and told["id"] not in entries:
-            entries[told["id"]] = {"effects": [], **told}
+            acts = told.get("do")
+            readable = [act for act in acts if isinstance(act, dict)] if isinstance(acts, list) else []
+            entries[told["id"]] = {"effects": [], **told, "do": readable}
     return sorted(entries.values(), key=lambda entry: entry.get("tick", 0))
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.steering.live import answer, ask, run
+from tests.steering.live import ONE, answer, ask, run
 from tests.steering.test_second_reader import agent, one, source
 from tests.toy import numbers
+from tutelage import asking, steering
+from tutelage.server.page_words import spell
 
 
 def test_a_source_that_joins_takes_its_share_of_a_mix_that_was_set(tmp_path: Path) -> None:
@@ -51,6 +56,48 @@ def test_what_is_looked_at_of_a_mix_after_a_source_that_joins_is_what_is_done(tm
     home = run(tmp_path, looks, change=one())
     dry, done = ([effect["changes"] for effect in answer(home, name)["effects"]] for name in ("dry", "both"))
     assert dry == done and done[1][0]["was"] == {"a": 3, "b": 1, "c": 4}
+
+
+def blocked(place: Path, kind: str) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "file":
+        place.write_text("not yours")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        away = place.parents[3] / "away"
+        away.mkdir(exist_ok=True)
+        place.symlink_to(away if kind == "link" else away / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["answers", "requests"])
+@pytest.mark.parametrize("kind", ["file", "pipe", "link", "dangling"])
+def test_what_lies_in_the_place_of_our_folders_is_put_aside(name: str, kind: str, tmp_path: Path) -> None:
+    """It ends nothing, nothing is written through it, and it is still there."""
+    home = tmp_path / ONE
+    blocked(home / name, kind)
+    run(tmp_path, {2: [[("note", ask({"do": "note", "text": "x"}))]]}, change=one())
+    assert answer(home, "note")["state"] == "applied" and not (home / name).is_symlink()
+    assert len(list(home.glob(f"{name}.aside-*"))) == 1 and not list((tmp_path / "runs").glob("away/*"))
+
+
+def test_a_folder_in_the_place_of_an_answer_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / ONE / "answers/note.json/within").mkdir(parents=True)
+    home = run(tmp_path, {2: [[("note", ask({"do": "note", "text": "x"}))]]}, change=one())
+    assert answer(home, "note")["state"] == "applied"
+
+
+@pytest.mark.parametrize("actor", ["person", "agent"])
+@pytest.mark.parametrize("do", ["note", ["note"], [1, {"do": "set"}], {"do": "note"}, None, [{"do": "mix"}], [{}]])
+def test_a_request_that_is_none_hides_nothing_of_the_log(do: Any, actor: str, tmp_path: Path) -> None:
+    sound = ask({"do": "note", "text": "sound"})
+    script = {2: [[("odd", {"by": "a", "actor": actor, "do": do}), ("sound", sound)]]}
+    home = run(tmp_path, script, change=one(), steps=3)
+    assert answer(home, "odd")["state"] == "refused"
+    (home / "answers/foreign.json").write_text(json.dumps({"state": "refused", "do": do}))
+    entries = steering.log(home)
+    assert {entry["id"] for entry in entries} == {"odd", "sound", "foreign"}
+    assert all(asking.logged(entry) and isinstance(spell(entry["do"]), str) for entry in entries)
 
 
 def test_whoever_is_told_that_he_approved_finds_it_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,15 @@ def write_whole(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+def ours(path: Path, *, folder: bool) -> Path:
+    """`path`, free for a folder (which is made) or a file of ours: what else lies there, a link too, is put aside by name."""
+    if path.is_symlink() or (path.exists() and path.is_dir() != folder):
+        os.rename(path, path.with_name(f"{path.name}.aside-{time.time_ns()}"))
+    if folder:
+        path.mkdir(exist_ok=True)
+    return path
+
+
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; a second process gets one line that says who has it. The lock dies with its process."""

@@ -15,7 +15,7 @@ from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import acts, artifact, checkpoint, controls
 from tutelage.core.acts import Trial
 from tutelage.core.inbox import Inbox
-from tutelage.core.record import dumps, plain, write_whole
+from tutelage.core.record import dumps, ours, plain, write_whole
 from tutelage.core.standing import Waits
 
 if TYPE_CHECKING:
@@ -341,13 +341,14 @@ def _read(run: Run, path: Path) -> Request | None:
         if _OURS.match(name):
             raise UserError(f"the id '{name}' is one of the recipe's or a policy's; take another")
         request = _loaded(path)
-        if not (isinstance(request, dict) and request.get("by")):
+        do = request.get("do") if isinstance(request, dict) else None
+        if not (isinstance(do, list) and all(isinstance(act, dict) for act in do) and request.get("by")):
             raise UserError("a request is {by: name, actor: person, do: [actions], why: text}")
         by, actor = str(request["by"])[:100], request.get("actor", "person")
         if by in ("engine", "recipe", "replay") or actor not in ("person", "agent"):
             raise UserError(f"by: '{by}', actor: '{actor}': the actor of a request is a person or an agent")
         why, dry = str(request.get("why") or "")[:10_000], bool(request.get("dry"))
-        return {"id": name, "by": by, "actor": actor, "do": request.get("do"), "why": why, "dry": dry}
+        return {"id": name, "by": by, "actor": actor, "do": do, "why": why, "dry": dry}
     except FileNotFoundError:
         return None  # taken back
     except (UserError, ValueError, OSError, RecursionError) as error:
@@ -393,13 +394,13 @@ def answer(run: Run, request: Request, *, state: str, **more: Any) -> None:
     """Write what became of a request, whole, and take the request away. Policies read the journal instead."""
     if run.engine.world.rank or request.get("actor") in ("policy", "recipe"):
         return
-    folder, name = run.folder / "answers", request["id"]
+    name = request["id"]
     if state in ("applied", "waiting"):  # whoever reads the answer finds what can be steered as it is after it
         controls.write(run, state="paused" if run.standing.stopped_at(run.clock.tick) else "running", sync=True)
     text = dumps({**request, "state": state, **more})
     if _ID.fullmatch(name):
-        folder.mkdir(exist_ok=True)
-        write_whole(folder / f"{name}.json", text)
+        folder = ours(run.folder / "answers", folder=True)
+        write_whole(ours(folder / f"{name}.json", folder=False), text)
     (run.folder / "requests" / f"{name}.json").unlink(missing_ok=True)
 
 
@@ -438,7 +439,7 @@ def prepare(run: Run) -> None:
         run.standing.fold(line)
     run.acting, run.inbox = run.methods.having("act"), Inbox(run.folder / "requests")
     if not run.engine.world.rank:
-        run.inbox.folder.mkdir(exist_ok=True)
+        ours(run.inbox.folder, folder=True)
 
 
 def show(run: Run, state: str, *, now: bool = False) -> None:
