@@ -70,7 +70,7 @@ def test_what_is_found_is_nearer_to_both_models_than_any_equal_coefficients(kind
 
 
 def test_a_coefficient_for_each_layer_comes_nearer_still(kind: str, folders: list[Path]) -> None:
-    task, layer = (fitted(kind, folders, level=level, steps=40)[1][-1]["loss"] for level in ("task", "layer"))
+    task, layer = (fitted(kind, folders, level=level, steps=80)[1][-1]["loss"] for level in ("task", "layer"))
     assert layer < 0.95 * task
 
 

@@ -33,8 +33,10 @@ def put(home: Path, name: str, request: dict[str, Any]) -> None:
     beside.rename(home / "requests" / f"{name}.json")
 
 
-def run(folder: Path, script: Script | None = None, *, change: Change | None = None, steps: int = 8) -> Path:
-    """Stage `one` of the toy with a script; its folder."""
+def run(
+    folder: Path, script: Script | None = None, *, change: Change | None = None, steps: int = 8, jobs: int = 0
+) -> Path:
+    """Stage `one` of the toy with a script, in this process or (`jobs` 1) one of its own; its folder."""
     home, left = folder / ONE, {tick: list(looks) for tick, looks in (script or {}).items()}
     collect = steer.collect
 
@@ -47,7 +49,7 @@ def run(folder: Path, script: Script | None = None, *, change: Change | None = N
     steer.collect = collected
     try:
         made = graph(folder, steps=steps, change=change)
-        result = run_graph(made, only="one", jobs=0, drift="refuse", tell=lambda stage, said: None)
+        result = run_graph(made, only="one", jobs=jobs, drift="refuse", tell=lambda stage, said: None)
     finally:
         steer.collect = collect
     assert not result.failed and not result.stopped, result

@@ -87,6 +87,17 @@ def test_a_folder_in_the_place_of_an_answer_is_put_aside(tmp_path: Path) -> None
     assert answer(home, "note")["state"] == "applied"
 
 
+@pytest.mark.parametrize("length", [100_000, 400_000])
+def test_a_refusal_that_quotes_a_long_request_ends_nothing(length: int, tmp_path: Path) -> None:
+    """Of a stage in a process of its own, which tells the one that shows it."""
+    undo = {"do": "undo", "id": "a" * length}
+    looks = {2: [[("long", ask(undo, dry=True)), ("robot", agent({"do": "set", "path": "b" * length, "to": 1}))]]}
+    home = run(tmp_path, looks, change=one(), jobs=1)
+    assert [answer(home, name)["state"] for name in ("long", "robot")] == ["refused", "refused"]
+    assert all(len(answer(home, name)["error"]) < 5000 for name in ("long", "robot"))
+    assert len(numbers(home, kind="train")) == 8
+
+
 @pytest.mark.parametrize("actor", ["person", "agent"])
 @pytest.mark.parametrize("do", ["note", ["note"], [1, {"do": "set"}], {"do": "note"}, None, [{"do": "mix"}], [{}]])
 def test_a_request_that_is_none_hides_nothing_of_the_log(do: Any, actor: str, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from tutelage.core.stage import Say, build
 SMALL = 30_000_000  # parameters below which a model is fastest on one thread
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask to stop
 TRACE = "error.txt"  # in a stage's folder: why it failed
+TOLD = 4000  # characters of a text that a stage tells
 STOPPED = 75  # exit code of a stage that was asked to stop and has saved (EX_TEMPFAIL: try again later)
 Tell = Callable[[str, dict[str, Any]], None]  # stage, where it stands
 
@@ -345,7 +346,7 @@ def _child(node: Node, mouth: socket.socket, parent: int, count: int) -> int:
 
     def say(said: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # nobody listens just now: training goes on
-            mouth.send(dumps(said).encode())
+            mouth.send(dumps({key: _brief(value) for key, value in said.items()}).encode())
 
     def last_words(text: str) -> None:
         mouth.setblocking(True)
@@ -368,6 +369,11 @@ def _child(node: Node, mouth: socket.socket, parent: int, count: int) -> int:
         return 2 if isinstance(error, UserError) else 1
 
 
+def _brief(value: Any) -> Any:
+    """A text that fits on a screen: what a client asked for may be quoted in it, however long that was."""
+    return f"{value[:TOLD]} …" if isinstance(value, str) and len(value) > TOLD else value
+
+
 def _listen(children: dict[int, Child], tell: Tell) -> list[Child]:
     """Pass on what children say for a moment; those that have ended are taken out."""
     readable, _, _ = select.select(list(children), [], [], 0.2)
@@ -388,7 +394,7 @@ def _hear(child: Child, tell: Tell) -> None:
     child.ear.setblocking(False)
     while True:
         try:
-            data = child.ear.recv(1 << 16)
+            data = child.ear.recv(1 << 20)  # more than a datagram of such a socket holds
         except (BlockingIOError, ConnectionResetError):
             return
         if not data:

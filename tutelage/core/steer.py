@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
 LARGEST = 1 << 20  # bytes of a request
+LONGEST = 4000  # characters of a refusal
 POLL = 0.05  # seconds between two looks at the requests while paused
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}")
 _OURS = re.compile(r"recipe-\d|\d+-[a-z]")  # ids that the recipe's actions and policies' requests have
@@ -176,7 +177,7 @@ def decide(run: Run, request: Request) -> None:
         engine_line(run, {"do": "waiting", "id": request["id"], "request": kept, "why": str(wait)})
         return answer(run, request, state="waiting", tick=run.clock.tick, error=str(wait))
     except UserError as error:
-        text = str(error).removeprefix(f"{place}: ")
+        text = str(error).removeprefix(f"{place}: ")[:LONGEST]  # it quotes what was asked
         if not request.get("dry") and request["actor"] in ("agent", "policy"):
             engine_line(run, {"do": "refused", "id": request["id"], "request": request, "why": text})
         run.say({"warning": f"{place} refused: {text}"})
