@@ -196,19 +196,19 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return drawn and weighed and on["work"] > 2 > off["work"] and off["subsets"] == 0
 
 
-DATA = {"copied": {"use": "bench.duplicated:Copied", "args": {"passages": 400}, "val": 0}}
+DATA = {"copied": {"use": "bench.duplicated:Copied", "args": {"passages": 200}, "val": 0}}
 
 BENCH = Bench(
     base="recipes/bench/duplicated.yaml",
     arm={
         "data": DATA,
         "curriculum": {"use": "select/facility_location", "fraction": 0.25, "embed": "once"},
-        "until": "9e12flop",
+        "until": "4.5e12flop",
     },
     baseline={
         "data": DATA,
         "curriculum": {"use": "select/repeated_random", "fraction": 0.25},
-        "until": "9e12flop",
+        "until": "4.5e12flop",
     },
     metric="bits_per_byte/clean",
     better="lower",
