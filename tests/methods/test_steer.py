@@ -15,11 +15,12 @@ import torch
 from scipy import stats
 
 from tests.methods.small import Texts, data_of, decode
+from tests.steering.live import ask, put
 from tests.toy import graph, numbers
 from tutelage.base.clock import Clock
 from tutelage.base.errors import UserError
 from tutelage.base.registry import make
-from tutelage.core import engine, loop
+from tutelage.core import engine, loop, steer
 from tutelage.core.artifact import flatten, unflatten
 from tutelage.core.record import read_lines
 from tutelage.core.run import run_graph
@@ -517,6 +518,26 @@ def test_a_run_whose_loss_is_no_number_dies_without_and_recovers_with_rollback(
     assert rates[:9] == [0.01] * 9 and rates[9:] == [0.005] * 6
 
 
+def test_a_rate_that_a_person_holds_does_not_end_a_run_that_could_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Lowering it is refused, and the way back alone is taken."""
+    broken(monkeypatch, at=8, how=lambda x: x * math.nan)
+    collect, asked = steer.collect, []
+
+    def once(stage: Any) -> Any:
+        if stage.clock.tick == 4 and not asked:
+            asked.append(put(stage.folder, "mine", ask({"do": "set", "path": "optim.lr", "to": 0.008})))
+        return collect(stage)
+
+    monkeypatch.setattr(steer, "collect", once)
+    home = run(tmp_path, ROLLBACK)
+    assert done(home) == [(9, [{"do": "rollback", "to": 8, "skip": True}])]
+    assert [row["lr"] for row in numbers(home, kind="train")][-1] == 0.008 and losses(home)[-1][1] == 14
+    told = [act for line in read_lines(home / "journal.jsonl") if line["by"] == "engine" for act in line["do"]]
+    assert any(act["do"] == "refused" and "it is theirs" in act["why"] for act in told)
+
+
 def test_a_spike_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     broken(monkeypatch, at=8, how=lambda x: x * 50)
     home = run(tmp_path, ROLLBACK)
@@ -530,7 +551,7 @@ def test_what_the_rules_do_not_allow_is_refused_and_the_run_ends_as_without(
     with pytest.raises(UserError, match="not a number at step 9"):
         run(tmp_path, ROLLBACK, steering={"policy": {"budget": 0}})
     refused = [e for line in read_lines(tmp_path / ONE / "journal.jsonl") for e in line["do"] if e["do"] == "refused"]
-    assert len(refused) == 1 and "budget of 0" in refused[0]["why"]
+    assert refused and all("budget of 0" in entry["why"] for entry in refused)
 
 
 def replayed(home: Path) -> list[dict[str, Any]]:

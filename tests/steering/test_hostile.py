@@ -61,7 +61,7 @@ def test_what_is_no_request_is_refused_or_left_alone_and_changes_no_bit(
             with open(os.fsencode(home / "requests") + b"/\xff.json", "w") as file:
                 file.write("{}")
             (home / "requests" / ("a" * 90 + ".json")).write_text("{}")
-            (home / "requests" / "large.json").write_text(f'{{"by":"x","why":"{"x" * steer.LARGEST}","do":{NOTE}}}')
+            (home / "requests" / "large.json").write_text(f'{{"by":"x","why":"{"x" * inbox.LARGEST}","do":{NOTE}}}')
         return collect(stage)
 
     plain = run(tmp_path / "plain")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -251,9 +251,9 @@ def opened(node: Node, *, world: World, say: Say, start: Any = None) -> Opened:
 def build(node: Node, *, world: World, say: Say) -> Run:
     """Everything up to the first step (or the step after the last checkpoint)."""
     stage, modality = node.stage, node.graph.modality
-    assert node.folder is not None and stage.until is not None
     base = opened(node, world=world, say=say)
     engine, view, methods = base.engine, base.view, base.methods
+    assert node.folder is not None and stage.until is not None and view._source is not None
     if stage.engine.checkpointing:
         engine.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     sources = {name: base.corpora.of(name, spec).train for name, spec in stage.data.items()}
@@ -262,9 +262,8 @@ def build(node: Node, *, world: World, say: Say) -> Run:
             sources[name].facts["weight"] = float(spec.weight)
     wrap = partial(prefixed, node=node, methods=methods, processor=base.processor)
     sources = {name: wrap(name, source) for name, source in sources.items()}
-    how: Any = {"seed": node.seed, "length": stage.length, "packing": base.packing}
-    collate, whole = partial(modality.collate, length=stage.length), dict(sources)
-    view._source = lambda name: Data({name: whole[name]}, collate, **how)  # with what methods put before documents
+    whole, bare = dict(sources), view._source
+    view._source = lambda name: replace(bare(name), sources={name: whole[name]})  # with what stands before documents
     cut = parts.Parts.of(methods.slots["curriculum"], decode=view.decode)
     for source in list(sources.values()):
         sources |= cut.add(source)
@@ -383,11 +382,10 @@ def view_of_data(view: View, node: Node, corpora: Corpora, packing: Any) -> None
     """Give the view its data: what is measured now, what ancestors learned from when it is asked for."""
     stage, modality = node.stage, node.graph.modality
     collate = partial(modality.collate, length=stage.length)
+    how: Any = {"seed": node.seed, "length": stage.length, "packing": packing}
 
     def data(of: str) -> Data:
-        specs = node.find_data(of)
-        sources = {name: corpora.of(name, spec).train for name, spec in specs.items()}
-        return Data(sources, collate, seed=node.seed, length=stage.length, packing=packing)
+        return Data({n: corpora.of(n, spec).train for n, spec in node.find_data(of).items()}, collate, **how)
 
     def ref(name: str) -> nn.Module:
         if name != "start":
@@ -399,8 +397,7 @@ def view_of_data(view: View, node: Node, corpora: Corpora, packing: Any) -> None
         return model.to(view.engine.device).requires_grad_(False).eval()
 
     def own(name: str) -> Data:
-        source = corpora.of(name, stage.data[name]).train
-        return Data({name: source}, collate, seed=node.seed, length=stage.length, packing=packing)
+        return Data({name: corpora.of(name, stage.data[name]).train}, collate, **how)
 
     view._data, view._open_ref, view._source, view.sources = data, ref, own, list(stage.data)
     for column, spec in columns(node).items():

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tutelage.base.action import CHANGES, DEEPEST, MOST, RANK, Action, parse
+from tutelage.base.action import CHANGES, MOST, RANK, Action, parse
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.core import acts, artifact, checkpoint, controls
 from tutelage.core.acts import Trial
-from tutelage.core.inbox import Inbox
+from tutelage.core.inbox import ID, Inbox, Request, read
 from tutelage.core.record import dumps, ours, plain, write_whole
 from tutelage.core.standing import Waits
 
 if TYPE_CHECKING:
     from tutelage.core.stage import Run
 
-LARGEST = 1 << 20  # bytes of a request
 LONGEST = 4000  # characters of a refusal
 POLL = 0.05  # seconds between two looks at the requests while paused
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}")
-_OURS = re.compile(r"recipe-\d|\d+-[a-z]")  # ids that the recipe's actions and policies' requests have
-
-Request = dict[str, Any]  # id, by, actor, do, why, dry
 
 
 # -- between two steps ------------------------------------------------------------------------------------------------
@@ -181,6 +173,9 @@ def decide(run: Run, request: Request) -> None:
         if not request.get("dry") and request["actor"] in ("agent", "policy"):
             engine_line(run, {"do": "refused", "id": request["id"], "request": request, "why": text})
         run.say({"warning": f"{place} refused: {text}"})
+        back = [act for act in request["do"] if act.get("do") == "rollback"]
+        if run.unsound and request["actor"] == "policy" and 0 < len(back) < len(request["do"]):
+            return decide(run, {**request, "id": f"{request['id']}-alone", "do": back})  # or the run would end
         return answer(run, request, state="refused", tick=run.clock.tick, error=text)
     saved = None
     if request["actor"] in ("person", "agent") and any(action.do in CHANGES for action in actions):
@@ -335,60 +330,14 @@ def collect(run: Run) -> list[Request]:
 
 def _read(run: Run, path: Path) -> Request | None:
     """A request's contents; one that is none is answered here."""
-    name = path.stem
     try:
-        if not _ID.fullmatch(name):
-            raise UserError("an id has letters, digits, '-', '_', '.' and '=', at most 64")
-        if _OURS.match(name):
-            raise UserError(f"the id '{name}' is one of the recipe's or a policy's; take another")
-        request = _loaded(path)
-        do = request.get("do") if isinstance(request, dict) else None
-        if not (isinstance(do, list) and all(isinstance(act, dict) for act in do) and request.get("by")):
-            raise UserError("a request is {by: name, actor: person, do: [actions], why: text}")
-        by, actor = str(request["by"])[:100], request.get("actor", "person")
-        if by in ("engine", "recipe", "replay") or actor not in ("person", "agent"):
-            raise UserError(f"by: '{by}', actor: '{actor}': the actor of a request is a person or an agent")
-        why, dry = str(request.get("why") or "")[:10_000], bool(request.get("dry"))
-        return {"id": name, "by": by, "actor": actor, "do": do, "why": why, "dry": dry}
+        return read(path)
     except FileNotFoundError:
         return None  # taken back
     except (UserError, ValueError, OSError, RecursionError) as error:
-        run.say({"warning": f"request {name!r} refused: {error}"})
-        answer(run, {"id": name}, state="refused", tick=run.clock.tick, error=str(error))
+        run.say({"warning": f"request {path.stem!r} refused: {error}"})
+        answer(run, {"id": path.stem}, state="refused", tick=run.clock.tick, error=str(error))
         return None
-
-
-def _loaded(path: Path) -> Any:
-    """A request's JSON, read within bounds. ValueError for what could not be written down again as it is."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        data = os.read(handle, LARGEST + 1)
-    finally:
-        os.close(handle)
-    if len(data) > LARGEST:
-        raise UserError(f"a request has at most {LARGEST} bytes")
-    if deepest(data) > DEEPEST:
-        raise UserError(f"a request has at most {DEEPEST} levels")
-    found = json.loads(data)
-    try:
-        dumps(found).encode()
-    except UnicodeEncodeError as error:
-        raise UserError("its text holds half of a surrogate pair, which no file can hold") from error
-    return found
-
-
-def deepest(data: bytes) -> int:
-    """How many brackets are open at most, those within texts counted, too; 0 where there are few."""
-    depth = most = 0
-    if data.count(b"[") + data.count(b"{") <= DEEPEST:
-        return 0
-    for byte in data:
-        if byte in b"[{":
-            depth += 1
-            most = max(most, depth)
-        elif byte in b"]}":
-            depth -= 1
-    return most
 
 
 def answer(run: Run, request: Request, *, state: str, **more: Any) -> None:
@@ -399,7 +348,7 @@ def answer(run: Run, request: Request, *, state: str, **more: Any) -> None:
     if state in ("applied", "waiting"):  # whoever reads the answer finds what can be steered as it is after it
         controls.write(run, state="paused" if run.standing.stopped_at(run.clock.tick) else "running", sync=True)
     text = dumps({**request, "state": state, **more})
-    if _ID.fullmatch(name):
+    if ID.fullmatch(name):
         folder = ours(run.folder / "answers", folder=True)
         write_whole(ours(folder / f"{name}.json", folder=False), text)
     (run.folder / "requests" / f"{name}.json").unlink(missing_ok=True)
