@@ -11,7 +11,8 @@ import pytest
 
 from tests.server import folders
 from tutelage.server.feed import Feed
-from tutelage.server.page_live import Live
+from tutelage.server.page_first import First
+from tutelage.server.page_live import Column, Live
 
 
 def live_of(folder: Path) -> Live:
@@ -85,3 +86,10 @@ def test_a_description_that_is_damaged_hides_nothing_else(folder: Path) -> None:
     (folder / "stage.json").write_text("{")
     live = held(folder)
     assert live.description() == {} and live.last["tick"] == 40 and live.columns()
+
+
+@pytest.mark.parametrize("now", [float("nan"), float("inf")])
+def test_a_measure_that_is_no_number_is_called_that(now: float) -> None:
+    column = Column("prose", now, float("nan"), own=True, known=False, alarm=False, named=False, curve=[2.0, now])
+    words, look = First._verdict(column)
+    assert words == "not a number" and "bad" in look

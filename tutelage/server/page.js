@@ -46,10 +46,11 @@ window.tutelage = (() => {
   }
   function marked(spec) {
     const here = marks.filter((m) => m.kind !== "nan" || belongs(spec, m.series));
+    const first = ends.first ?? 0, early = first + 0.2 * Math.max(1, (ends.last ?? 0) - first);  // no room for words before it
     return {
       symbol: "none", silent: true, animation: false,
       data: here.map((m) => m.kind === "nan"
-        ? {xAxis: m.x, lineStyle: {color: css("--bad"), type: "dotted", width: 1.5}, label: {formatter: m.short, color: css("--bad"), fontSize: 10, position: "insideEndTop", rotate: 0, align: "right"}}
+        ? {xAxis: m.x, lineStyle: {color: css("--bad"), type: "dotted", width: 1.5}, label: {formatter: m.short, color: css("--bad"), fontSize: 10, position: "insideEndTop", rotate: 0, align: m.x < early ? "left" : "right"}}
         : {xAxis: m.x, lineStyle: {color: css("--accent"), type: "solid", width: 1, opacity: 0.6}, label: {formatter: "▾", position: "end", distance: -2, color: css("--accent"), fontSize: 11}}),
     };
   }

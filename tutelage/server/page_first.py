@@ -100,12 +100,14 @@ class First:
                 text(column.name, "cut" + (" strong" if column.known else "")).tooltip(column.name)
                 look = "lost" if column.alarm else ""
                 draw(curve(column.curve, said=f"{column.name} over this stage"), look)
-                text(bits(column.now), "num strong")
+                text(bits(column.now) if finite(column.now) else "–", "num strong")
                 text(*self._verdict(column))
 
     @staticmethod
     def _verdict(column: Column) -> tuple[str, str]:
         """How it stands against its best, in words and not in color alone."""
+        if not finite(column.now):
+            return "not a number", "num bad strong small"
         change = bits(column.lost, sign=True).replace("-", "−")
         if column.alarm:
             return f"▲ {change} {'alarm' if column.named else 'lost'}", "num bad strong small"
