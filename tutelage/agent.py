@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from tutelage import brief, steering, watching
 from tutelage.base.action import KINDS, PERSONS_ONLY, parse
 from tutelage.base.clock import Span
-from tutelage.base.endpoint import checked
+from tutelage.base.endpoint import checked, objects
 from tutelage.base.errors import UserError
 from tutelage.core import endpoint
 
@@ -33,7 +33,6 @@ except ImportError as error:
 MAY = ("set", "scale", "mix", "skip_data", "save", "eval", "end_stage", "rollback", "note")
 MOST_ACTIONS, MOST_TEXT = 8, 20_000  # of one reply: actions, characters read
 LOOK = 0.5  # seconds between two looks at where the run stands
-_TRIES = 50  # places of a reply at which a JSON object may begin
 
 SYSTEM = """\
 You look after one training run of a neural network. Every message describes it as JSON: where it stands, curves as means
@@ -199,16 +198,7 @@ def body(folder: Path, settings: Settings) -> dict[str, Any]:
 def read_reply(text: str, *, may: tuple[str, ...]) -> Wish:
     """The wish in a reply; UserError for one that holds none, or anything that is not to be had."""
     found = None
-    text, at = text[:MOST_TEXT], 0
-    for _ in range(_TRIES):
-        at = text.find("{", at)
-        if at < 0:
-            break
-        try:
-            value, at = json.JSONDecoder().raw_decode(text, at)
-        except (ValueError, RecursionError):
-            at += 1
-            continue
+    for value in objects(text[:MOST_TEXT]):
         found = value if "do" in value else found  # the last one counts: some think aloud first
     if found is None:
         raise UserError('no JSON object with "do" in it')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tutelage.base.errors import UserError
 
+TRIES = 50  # places of a text at which a JSON object may begin
 ADDRESS = "OPENAI_BASE_URL"  # in the environment: the address where a recipe gives none
 
 
@@ -72,3 +75,18 @@ def checked(url: str, *, what: str) -> str:
 def is_local(url: str) -> bool:
     """Whether it is this machine, which no proxy stands before."""
     return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in what a model said, in order; around them it may think aloud."""
+    at = 0
+    for _ in range(TRIES):
+        at = text.find("{", at)
+        if at < 0:
+            return
+        try:
+            value, at = json.JSONDecoder().raw_decode(text, at)
+        except (ValueError, RecursionError):
+            at += 1
+            continue
+        yield value

@@ -18,7 +18,6 @@ Differs: the prompts ask in words of our own for what the authors' ask: a summar
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import orjson
 from pydantic import Field, field_validator
 
+from tutelage.base.endpoint import objects
 from tutelage.base.errors import UserError, did_you_mean
 from tutelage.base.method import Seen
 from tutelage.core.types import Answer, Document, Question, Writer
@@ -53,7 +53,6 @@ PROMPTS = {
     ),
 }
 LONGEST = 200  # characters of an entity; what is longer is a sentence
-TRIES = 20  # places of an answer at which a JSON object may begin
 MARK = re.compile(r"\s*(?:[-*•]|\d+[.)])\s+")  # before an entity in a list
 
 
@@ -187,16 +186,8 @@ class EntityGraph(Asking):
 
 def read(text: str, most: int) -> Found | None:
     """Entities and summary of the last JSON object in an answer that has `entities`; None where there is none."""
-    found, at = None, 0
-    for _ in range(TRIES):
-        at = text.find("{", at)
-        if at < 0:
-            break
-        try:
-            value, at = json.JSONDecoder().raw_decode(text, at)
-        except (ValueError, RecursionError):
-            at += 1
-            continue
+    found = None
+    for value in objects(text):
         entities = value.get("entities")
         if isinstance(entities, list) and (listed := distinct(entities, most)):
             summary = value.get("summary")
