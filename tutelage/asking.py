@@ -13,7 +13,7 @@ from tutelage import steering, wording
 from tutelage.base.errors import UserError
 from tutelage.core.record import dumps
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 REFUSED = 1  # exit code
 
 

@@ -37,7 +37,7 @@ TUNING_SEED = 100
 SIDES = ("arm", "baseline")
 MEASURED_AS = ("length", "evals", "precision")  # what a stage that the base lacks takes over from the base's last
 VERSIONS = ("tutelage", "torch", "transformers", "numpy")
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 Setting = dict[str, Any]  # dotted key of the stage -> value tried
 

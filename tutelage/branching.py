@@ -20,7 +20,7 @@ from tutelage.core.graph import Node, methods_of
 from tutelage.core.identity import difference
 from tutelage.look import folder_of, node_of
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 _TOP = ("stages", "modality", "seed", "report_to")
 
 

@@ -23,7 +23,7 @@ new = typer.Typer(
     help="Begin something: a recipe from your model and data, a method from a template.", no_args_is_help=True
 )
 app.add_typer(new, name="new")
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 RecipeArg = Annotated[Path, typer.Argument(help="a recipe, in YAML", show_default=False)]
 StageArg = Annotated[str, typer.Argument(help="RUN/STAGE, or the stage's folder", show_default=False)]
@@ -38,7 +38,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", soft_wrap=True, markup=False, style="red")
+        Console(stderr=True, highlight=False, markup=False).print(
+            f"error: {error}", soft_wrap=True, markup=False, style="red"
+        )
         raise SystemExit(2) from None
 
 

@@ -28,7 +28,7 @@ from tutelage.core.settle import look
 from tutelage.core.shard import World
 from tutelage.display import Display
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 def graph_of(recipe: Path, *, sets: list[str], runs: Path) -> Graph:
@@ -51,7 +51,7 @@ def run_recipe(
     if not world.rank and not (runs / graph.name / "recipe.yaml").exists():  # a killed run can be branched from too
         write_recipe(recipe, sets=sets, home=runs / graph.name)
     peak = 0.0 if torch.cuda.is_available() else _peak_in_child()
-    with Display(console if world.rank == 0 else Console(quiet=True), peak=peak) as display:
+    with Display(console if world.rank == 0 else Console(quiet=True, markup=False), peak=peak) as display:
         if drift == "refuse" and world.size == 1 and sys.stdin.isatty() and console.is_terminal:
             drift = partial(ask, display=display)
         result = Result()
@@ -67,7 +67,9 @@ def run_recipe(
     _report(graph, result, recipe, sets=sets, runs=runs)
     again = " ".join(["tutelage", *sys.argv[1:]])
     for name, why in result.failed.items():
-        Console(stderr=True, highlight=False).print(f"[red]error:[/] stage {name}: {why}", soft_wrap=True)
+        Console(stderr=True, highlight=False, markup=False).print(
+            f"error: stage {name}: {why}", soft_wrap=True, style="red"
+        )
     if result.failed:
         return 2
     if result.stopped:

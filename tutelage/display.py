@@ -22,9 +22,9 @@ class Display:
         self.seen: dict[str, dict[str, Any]] = {}
         self.printed: dict[str, float] = {}
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", markup=False),
             console=console,
         )
 
@@ -52,7 +52,7 @@ class Display:
         """Take in what a stage says of itself."""
         for key, color in (("warning", "yellow"), ("note", "cyan"), ("failed", "red")):
             if key in said:
-                self.console.print(f"[{color}]{stage}: {said[key]}[/]", highlight=False, soft_wrap=True)
+                self.console.print(f"{stage}: {said[key]}", style=color, highlight=False, soft_wrap=True)
                 return
         now = self.seen.setdefault(stage, {})
         now.update(said)

@@ -30,7 +30,7 @@ from tutelage.watching import find, newest, read
 Line = dict[str, Any]
 IDLE = frozenset({"pause", "resume", "step", "note", "sample"})  # change no number, now or later
 OTHER = "--replay"
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def replay_command(reference: str, *, runs: Path, as_json: bool) -> int:
     """Replay and print both digests; 1 when they differ."""
     from tutelage.display import Display
 
-    with Display(Console(quiet=as_json), peak=0.0) as display:
+    with Display(Console(quiet=as_json, markup=False), peak=0.0) as display:
         found = replay(reference, runs=runs, tell=display.tell)
     if as_json:
         print(dumps([{**one.__dict__, "equal": one.equal} for one in found]))

@@ -74,7 +74,10 @@ def send(
         raise UserError("a request is text and numbers that a file can hold, in few levels") from error
     id = id or new_id()
     place = _own(folder, "requests")
-    place.mkdir(exist_ok=True)
+    try:
+        place.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{place} is no folder; remove it (a running stage puts it aside by itself)") from error
     known = answer(folder, id) or read(place / f"{id}.json") or _written_down(folder, id)
     if known is None:
         beside = place / f".{id}.{os.getpid()}.{secrets.token_hex(4)}"

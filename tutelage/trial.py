@@ -19,7 +19,7 @@ from tutelage.steering import name_of
 from tutelage.trying import Try
 from tutelage.watching import find
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
 def try_command(

@@ -24,7 +24,7 @@ from tutelage.core.record import disk_errors, dumps, each_line, newest_line, sol
 from tutelage.look import folder_of, node_of
 from tutelage.modalities.text import tokenizer
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.steering.live import ONE, answer, ask, run
 from tests.steering.test_second_reader import agent, one, source
-from tests.toy import numbers
+from tests.toy import graph, numbers
 from tutelage import asking, steering
+from tutelage.core import steer
+from tutelage.core.run import run_graph
+from tutelage.display import Display
 from tutelage.server.page_words import spell
 
 
@@ -98,6 +103,44 @@ def test_a_refusal_that_quotes_a_long_request_ends_nothing(length: int, tmp_path
     assert len(numbers(home, kind="train")) == 8
 
 
+@pytest.mark.parametrize("text", ["[/red]", "[bold", "[link=x]", "[/]"])
+def test_what_a_refusal_quotes_is_shown_as_text(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for plain in (True, False):
+        with Display(Console(force_terminal=not plain, width=200, markup=False), peak=0.0) as display:
+            display.tell("one", {"warning": f"request x refused: {text}"})
+            display.tell("one", {"doing": f"reading {text}", "done": 1, "of": 2})
+    assert capsys.readouterr().out.count(f"request x refused: {text}") == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "link", "loop"])
+def test_what_is_put_in_the_place_of_requests_at_work_is_put_aside(kind: str, tmp_path: Path) -> None:
+    home, seen = tmp_path / ONE, []
+
+    def swapped(stage: Any) -> Any:
+        place = home / "requests"
+        if stage.clock.tick == 3 and not seen:
+            seen.append(shutil.rmtree(place))
+            place.symlink_to(place) if kind == "loop" else blocked(place, kind)
+            steer.collect = collect
+            stage.inbox.listed = 0
+        return collect(stage)
+
+    collect = steer.collect
+    steer.collect = swapped
+    try:
+        made = graph(tmp_path, steps=8, change=one())
+        assert not run_graph(made, only="one", jobs=0, drift="refuse", tell=lambda stage, said: None).failed
+    finally:
+        steer.collect = collect
+    assert seen and (home / "requests").is_dir() and not (home / "requests").is_symlink()
+
+
+def test_a_pattern_that_is_no_name_is_refused_before_it_is_compiled(tmp_path: Path) -> None:
+    do = {"do": "freeze", "modules": ["*a" * 20_000]}
+    home = run(tmp_path, {2: [[("long", ask(do))]]}, change=one(), steps=3)
+    assert "at most 1000" in answer(home, "long")["error"]
+
+
 @pytest.mark.parametrize("actor", ["person", "agent"])
 @pytest.mark.parametrize("do", ["note", ["note"], [1, {"do": "set"}], {"do": "note"}, None, [{"do": "mix"}], [{}]])
 def test_a_request_that_is_none_hides_nothing_of_the_log(do: Any, actor: str, tmp_path: Path) -> None:
@@ -113,8 +156,6 @@ def test_a_request_that_is_none_hides_nothing_of_the_log(do: Any, actor: str, tm
 
 def test_whoever_is_told_that_he_approved_finds_it_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer to what waited is there before the answer to the approval."""
-    from tutelage.core import steer
-
     order, write = [], steer.answer
 
     def noted(stage, request, *, state, **more):  # type: ignore[no-untyped-def]

@@ -228,13 +228,16 @@ def test_paths_that_lead_nowhere_are_one_clear_line(tmp_path):
         read.find(str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("kind", ["device", "pipe"])
+@pytest.mark.parametrize("kind", ["device", "link", "pipe", "proc", "linked proc", "folder", "glob"])
 def test_what_may_never_end_is_no_source(tmp_path: Path, kind: str) -> None:
-    place = "/dev/zero" if kind == "device" else str(tmp_path / "pipe.jsonl")
-    if kind == "pipe":
-        os.mkfifo(place)
-    with pytest.raises(UserError, match="a device, pipe or socket, which may never end"):
-        read.find(place)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "kmsg.jsonl").symlink_to("/proc/kmsg")
+    named = {"device": "/dev/zero", "link": "zero.jsonl", "pipe": "pipe.jsonl", "proc": "/proc/self/maps"}
+    named |= {"linked proc": "kmsg.jsonl", "folder": ".", "glob": "[pz]*.jsonl"}
+    (tmp_path / "kmsg.jsonl").unlink() if kind == "folder" else None
+    with pytest.raises(UserError, match=r"may never end|no text or record files|matches no file"):
+        read.find(str(tmp_path / named[kind]))
 
 
 def test_real_files_are_read_as_they_are():

@@ -20,14 +20,16 @@ DEEPEST = 64  # lists and mappings within each other in a request
 RANK = {"recipe": 0, "person": 1, "agent": 2, "policy": 3}  # who is heard first, and whose word stands
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}$")]
-Patterns = Annotated[list[str], Field(min_length=1, max_length=4096)]
+Pattern = Annotated[str, Field(max_length=1000)]  # longer ones take minutes to compile
+Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=4096)]
+Path = Annotated[str, Field(max_length=1000)]
 
 
 class Set(Strict):
     """A declared value becomes `to` from now on: `optim.lr`, or a method's (`continual/ewc.strength`)."""
 
     do: Literal["set"] = "set"
-    path: str
+    path: Path
     to: Annotated[float, Field(allow_inf_nan=False)] | str | None
 
     @field_validator("to", mode="before")
@@ -45,7 +47,7 @@ class Scale(Strict):
     """A declared value is multiplied by `by`."""
 
     do: Literal["scale"] = "scale"
-    path: str
+    path: Path
     by: float = Field(gt=0, le=1000)
 
 
@@ -183,7 +185,7 @@ class Undo(Strict):
     """Put back what a request changed, from now on; with `weights`, from the save made before it. `acts` is found by itself."""
 
     do: Literal["undo"] = "undo"
-    id: str
+    id: Annotated[str, Field(max_length=200)]
     weights: bool = False
     acts: list[dict[str, Any]] | None = None
 
@@ -192,14 +194,14 @@ class Approve(Strict):
     """Do what waits under this id. For persons."""
 
     do: Literal["approve"] = "approve"
-    id: str
+    id: Annotated[str, Field(max_length=200)]
 
 
 class Refuse(Strict):
     """Do not do what waits under this id. For persons."""
 
     do: Literal["refuse"] = "refuse"
-    id: str
+    id: Annotated[str, Field(max_length=200)]
 
 
 class Lock(Strict):

@@ -12,9 +12,9 @@ from typing import Any
 
 from tutelage.base.action import DEEPEST
 from tutelage.base.errors import UserError
-from tutelage.core.record import dumps
+from tutelage.core.record import dumps, ours
 
-LARGEST = 1 << 20  # bytes of a request
+LARGEST = 1 << 17  # bytes of a request
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}")
 _OURS = re.compile(r"recipe-\d|\d+-[a-z]")  # ids that the recipe's actions and policies' requests have
 
@@ -39,7 +39,7 @@ class Inbox:
         if self._known():
             return []
         found = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder) as entries:
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name.endswith(".json") and not entry.name.startswith("."):
                     with contextlib.suppress(FileNotFoundError):
@@ -58,6 +58,8 @@ class Inbox:
             return True
         self.close()  # it may have been put anew in its place
         with contextlib.suppress(OSError):
+            if os.path.lexists(self.folder):
+                ours(self.folder, folder=True)  # whatever was put in its place meanwhile
             self.handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         self.changed = os.fstat(self.handle).st_mtime_ns if self.handle is not None else now
         self.listed = now if now - self.changed > OLD else 0

@@ -25,7 +25,7 @@ from tutelage.server.desk import Desk, Missing
 from tutelage.server.feeds import EVERY, KEEP
 from tutelage.server.guard import Guard, doors, refusal
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 log = logging.getLogger("tutelage.server")
 SWITCH = 0.0005  # seconds after which a thread that parses lets another one go on
 

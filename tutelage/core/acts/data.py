@@ -48,7 +48,7 @@ def _added(run: Run, trial: Trial, action: Any, place: str) -> None:
         raise UserError(
             f"{place}: `add_source` takes a path, hub or generator; a stage's rows are {{path: …/rows.jsonl}}"
         )
-    if sum(trial.added.values()) + action.weight >= 1:
+    if sum(trial.added.values()) + action.weight >= 1:  # one that was dropped may come back
         raise UserError(f"{place}: the sources that were added would take the whole mixture")
     trial.opened |= run.opened(action.name, action.source)[2]  # divided and put in order: what is wrong is told now
     trial.mix = _joined(trial.mix, trial.own(run), action)

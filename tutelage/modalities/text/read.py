@@ -99,6 +99,8 @@ def find(paths: str | list[str]) -> tuple[list[File], list[str]]:
     notes: list[str] = []
     for given in [paths] if isinstance(paths, str) else paths:
         place = Path(given).expanduser()
+        if Path(os.path.realpath(place)).parts[1:2] in (("proc",), ("sys",)):
+            raise UserError(f"{given}: files that the system makes up may never end; copy what you want to learn from")
         if place.is_dir():
             found, passed = _folder(place)
             if not found:
@@ -134,7 +136,8 @@ def _folder(place: Path) -> tuple[list[Path], list[str]]:
             if not name.startswith("."):
                 ending = Path(name[: -len(Path(name).suffix)] if Path(name).suffix in ENDINGS else name).suffix.lower()
                 known = ending in DOCUMENTS or ending in RECORDS
-                (found if known else passed).append(Path(here, name))
+                whole = known and Path(here, name).is_file()  # no pipe, and no link to what may never end
+                (found if whole else passed).append(Path(here, name))
     return sorted(found), sorted(str(p) for p in passed)
 
 
