@@ -74,10 +74,7 @@ def send(
         raise UserError("a request is text and numbers that a file can hold, in few levels") from error
     id = id or new_id()
     place = _own(folder, "requests")
-    try:
-        place.mkdir(exist_ok=True)
-    except FileExistsError as error:
-        raise UserError(f"{place} is no folder; remove it (a running stage puts it aside by itself)") from error
+    place.mkdir(exist_ok=True)
     known = answer(folder, id) or read(place / f"{id}.json") or _written_down(folder, id)
     if known is None:
         beside = place / f".{id}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -185,9 +182,11 @@ def _answers(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _own(folder: Path, name: str) -> Path:
-    """A folder within a stage's folder; UserError for one that is a link and so may lie anywhere."""
-    if (folder / name).is_symlink():
-        raise UserError(f"{folder / name} is a link, which is not followed; put a folder in its place")
+    """A folder within a stage's folder; UserError for a link, which may lead anywhere, and for what is none."""
+    place = folder / name
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        what = "a link, which is not followed" if place.is_symlink() else "no folder"
+        raise UserError(f"{place} is {what}; a running stage puts it aside within a second, else remove it")
     return folder / name
 
 

@@ -15,6 +15,7 @@ from tests.steering.live import ONE, answer, ask, run
 from tests.steering.test_second_reader import agent, one, source
 from tests.toy import graph, numbers
 from tutelage import asking, steering
+from tutelage.base.errors import UserError
 from tutelage.core import steer
 from tutelage.core.run import run_graph
 from tutelage.display import Display
@@ -112,15 +113,19 @@ def test_what_a_refusal_quotes_is_shown_as_text(text: str, capsys: pytest.Captur
     assert capsys.readouterr().out.count(f"request x refused: {text}") == 2
 
 
+@pytest.mark.parametrize("name", ["requests", "answers"])
 @pytest.mark.parametrize("kind", ["file", "pipe", "link", "loop"])
-def test_what_is_put_in_the_place_of_requests_at_work_is_put_aside(kind: str, tmp_path: Path) -> None:
+def test_what_is_put_in_the_place_of_our_folders_at_work_is_put_aside(name: str, kind: str, tmp_path: Path) -> None:
+    """Until then whoever asks is told so in one line."""
     home, seen = tmp_path / ONE, []
 
     def swapped(stage: Any) -> Any:
-        place = home / "requests"
+        place = home / name
         if stage.clock.tick == 3 and not seen:
-            seen.append(shutil.rmtree(place))
+            seen.append(shutil.rmtree(place, ignore_errors=True))
             place.symlink_to(place) if kind == "loop" else blocked(place, kind)
+            with pytest.raises(UserError, match="puts it aside within a second"):
+                steering.send(home, [{"do": "note", "text": "x"}], by="ada")
             steer.collect = collect
             stage.inbox.listed = 0
         return collect(stage)
@@ -132,7 +137,7 @@ def test_what_is_put_in_the_place_of_requests_at_work_is_put_aside(kind: str, tm
         assert not run_graph(made, only="one", jobs=0, drift="refuse", tell=lambda stage, said: None).failed
     finally:
         steer.collect = collect
-    assert seen and (home / "requests").is_dir() and not (home / "requests").is_symlink()
+    assert seen and (home / name).is_dir() and not (home / name).is_symlink()
 
 
 def test_a_pattern_that_is_no_name_is_refused_before_it_is_compiled(tmp_path: Path) -> None:

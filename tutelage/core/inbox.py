@@ -58,8 +58,9 @@ class Inbox:
             return True
         self.close()  # it may have been put anew in its place
         with contextlib.suppress(OSError):
-            if os.path.lexists(self.folder):
-                ours(self.folder, folder=True)  # whatever was put in its place meanwhile
+            for place in (self.folder, self.folder.with_name("answers")):
+                if os.path.lexists(place):
+                    ours(place, folder=True)  # whatever was put in its place meanwhile
             self.handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         self.changed = os.fstat(self.handle).st_mtime_ns if self.handle is not None else now
         self.listed = now if now - self.changed > OLD else 0
