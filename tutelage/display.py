@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from tutelage.core.words import bits, number
+
 
 class Display:
     """Progress of every stage at once. Without a terminal, a line now and then."""
@@ -84,13 +86,13 @@ class Display:
             return f"{now.get('doing', 'starting')}{share}{self._bits(now)}"
         share = f"  {now['flops_per_second'] / self.peak:.0%} of peak" if self.peak else ""
         return (
-            f"step {now['step']}  loss {now['loss']:.3f}{self._bits(now)}  {now['tokens_per_second']:,.0f} tok/s"
+            f"step {now['step']}  loss {number(now['loss']):.3f}{self._bits(now)}  {now['tokens_per_second']:,.0f} tok/s"
             f"{share}  {spell(now['left'])} left"
         )
 
     def _bits(self, now: dict[str, Any]) -> str:
         found = {k.split("/", 1)[1]: v for k, v in now.get("measured", {}).items() if k.startswith("bits_per_byte/")}
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float))
+        shown = "  ".join(f"{name} {bits(value)}" for name, value in found.items())
         return f"  bits/byte: {shown}" if shown else ""
 
 

@@ -161,7 +161,8 @@ def log(folder: Path) -> list[dict[str, Any]]:
         if told.get("state") == "refused" and told["id"] not in entries:
             acts = told.get("do")
             readable = [act for act in acts if isinstance(act, dict)] if isinstance(acts, list) else []
-            entries[told["id"]] = {"effects": [], **told, "do": readable}
+            tick = told["tick"] if isinstance(told.get("tick"), int) else 0
+            entries[told["id"]] = {**told, "do": readable, "tick": tick, "effects": []}  # nothing was done
     return sorted(entries.values(), key=lambda entry: entry.get("tick", 0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -113,6 +114,17 @@ def test_what_a_refusal_quotes_is_shown_as_text(text: str, capsys: pytest.Captur
     assert capsys.readouterr().out.count(f"request x refused: {text}") == 2
 
 
+@pytest.mark.parametrize("loss", ["nan", "inf", "-inf", None])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_loss_that_is_no_number_is_shown(loss: Any, plain: bool) -> None:
+    """As it comes from a stage in a process of its own: in words."""
+    console = Console(file=io.StringIO(), force_terminal=not plain, width=200, markup=False)
+    with Display(console, peak=1e9) as display:
+        told = {"step": 3, "frac": 0.5, "loss": loss, "tokens_per_second": 10.0, "flops_per_second": 1e8, "left": 3.0}
+        display.tell("one", {**told, "measured": {"bits_per_byte/a": loss or "nan"}})
+        assert f"loss {float(loss or 'nan'):.3f}" in display.line(display.seen["one"])
+
+
 @pytest.mark.parametrize("name", ["requests", "answers"])
 @pytest.mark.parametrize("kind", ["file", "pipe", "link", "loop"])
 def test_what_is_put_in_the_place_of_our_folders_at_work_is_put_aside(name: str, kind: str, tmp_path: Path) -> None:
@@ -153,7 +165,7 @@ def test_a_request_that_is_none_hides_nothing_of_the_log(do: Any, actor: str, tm
     script = {2: [[("odd", {"by": "a", "actor": actor, "do": do}), ("sound", sound)]]}
     home = run(tmp_path, script, change=one(), steps=3)
     assert answer(home, "odd")["state"] == "refused"
-    (home / "answers/foreign.json").write_text(json.dumps({"state": "refused", "do": do}))
+    (home / "answers/foreign.json").write_text(json.dumps({"state": "refused", "do": do, "tick": "now"}))
     entries = steering.log(home)
     assert {entry["id"] for entry in entries} == {"odd", "sound", "foreign"}
     assert all(asking.logged(entry) and isinstance(spell(entry["do"]), str) for entry in entries)
