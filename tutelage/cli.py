@@ -38,9 +38,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, highlight=False, markup=False).print(
-            f"error: {error}", soft_wrap=True, markup=False, style="red"
-        )
+        Console(stderr=True, highlight=False, markup=False).print(f"error: {error}", soft_wrap=True, style="red")
         raise SystemExit(2) from None
 
 

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from rich.console import Console
 from tests.steering.live import ONE, answer, ask, run
 from tests.steering.test_second_reader import agent, one, source
 from tests.toy import graph, numbers
-from tutelage import asking, steering
+from tutelage import asking, command, steering
 from tutelage.base.errors import UserError
+from tutelage.core import run as core_run
 from tutelage.core import steer
 from tutelage.core.run import run_graph
 from tutelage.display import Display
@@ -112,6 +115,41 @@ def test_what_a_refusal_quotes_is_shown_as_text(text: str, capsys: pytest.Captur
             display.tell("one", {"warning": f"request x refused: {text}"})
             display.tell("one", {"doing": f"reading {text}", "done": 1, "of": 2})
     assert capsys.readouterr().out.count(f"request x refused: {text}") == 2
+
+
+def test_what_a_stage_tells_is_cut_and_heard_whole() -> None:
+    ear, mouth = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    told: list[Any] = []
+    try:
+        mouth.send(json.dumps({"note": "x" * 100_000}).encode())
+        child = core_run.Child(SimpleNamespace(name="one"), os.getpid(), ear)  # type: ignore[arg-type]
+        core_run._hear(child, lambda stage, said: told.append((stage, len(said["note"]))))
+    finally:
+        ear.close()
+        mouth.close()
+    assert told == [("one", 100_000)]
+    assert (
+        len(core_run._brief("x" * 100_000)) < 4100 and core_run._brief("short") == "short" and core_run._brief(3) == 3
+    )
+
+
+@pytest.mark.parametrize(("field", "code"), [("stopped", 0), ("done", 0), ("failed", 1)])
+def test_of_several_ranks_the_first_says_how_it_ended(
+    field: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher ends all as soon as one of them is not content: the first would not come to its report."""
+
+    def ended(graph: Any, *, result: Any, **how: Any) -> None:
+        found = getattr(result, field)
+        found.update(one="why") if isinstance(found, dict) else found.append("one")
+
+    nothing: Any = SimpleNamespace(name="toy", recipe=SimpleNamespace(report_to=[], stages={}))
+    monkeypatch.setattr(command, "graph_of", lambda *a, **k: nothing)
+    monkeypatch.setattr(command.World, "join", staticmethod(lambda: SimpleNamespace(rank=1, size=2)))
+    monkeypatch.setattr(command, "run_graph", ended)
+    monkeypatch.setattr(command, "_peak_in_child", lambda: 0.0)
+    how: Any = {"sets": [], "only": None, "jobs": 0, "reuse": False, "retrain": False}
+    assert command.run_recipe(tmp_path / "toy.yaml", runs=tmp_path / "runs", **how) == code
 
 
 @pytest.mark.parametrize("loss", ["nan", "inf", "-inf", None])

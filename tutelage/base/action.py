@@ -23,6 +23,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=-]{0,63}$")]
 Pattern = Annotated[str, Field(max_length=1000)]  # longer ones take minutes to compile
 Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=4096)]
 Path = Annotated[str, Field(max_length=1000)]
+Id = Annotated[str, Field(max_length=200)]  # of a request
 
 
 class Set(Strict):
@@ -185,7 +186,7 @@ class Undo(Strict):
     """Put back what a request changed, from now on; with `weights`, from the save made before it. `acts` is found by itself."""
 
     do: Literal["undo"] = "undo"
-    id: Annotated[str, Field(max_length=200)]
+    id: Id
     weights: bool = False
     acts: list[dict[str, Any]] | None = None
 
@@ -194,14 +195,14 @@ class Approve(Strict):
     """Do what waits under this id. For persons."""
 
     do: Literal["approve"] = "approve"
-    id: Annotated[str, Field(max_length=200)]
+    id: Id
 
 
 class Refuse(Strict):
     """Do not do what waits under this id. For persons."""
 
     do: Literal["refuse"] = "refuse"
-    id: Annotated[str, Field(max_length=200)]
+    id: Id
 
 
 class Lock(Strict):

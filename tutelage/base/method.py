@@ -31,9 +31,7 @@ class Method(BaseModel):
     steerable: ClassVar[frozenset[str]] = frozenset()  # fields that an action may set in a running stage
     guards: ClassVar[bool] = False  # a policy that is asked what to do about a loss that is no number
     freezes: ClassVar[bool] = True  # a wrapper: what it does not wrap is not trained, unless `train` says so
-    helpers: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # labels of its `modules` that training alone needs: no artifact has them
+    helpers: ClassVar[frozenset[str]] = frozenset()  # labels of its `modules` that training alone needs, in no artifact
     separable: ClassVar[bool] = False  # an optimizer that steps each parameter without looking at the others
     last: ClassVar[str | None] = None  # a schedule's field that says over which last span the rate falls
     tolerance: ClassVar[float] = 1e-5  # two processes against one

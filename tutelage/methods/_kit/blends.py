@@ -22,6 +22,14 @@ from tutelage.base.errors import UserError
 from tutelage.core.types import Batch, Sum
 from tutelage.methods._kit.vectors import summed
 
+TASKS: dict[
+    str, Any
+] = {  # what the three models of recipes/bench/merge.yaml learned, for the benches of what is fitted on it
+    "code": {"path": "stdlib:code"},
+    "asked": {"use": "bench.instructions:Instructions", "args": {"count": 2000}, "template": True, "val": "10%"},
+    "records": {"use": "bench.records:Records", "args": {"count": 2000}, "val": "10%"},
+}
+
 
 def blended(base: Tensor, vectors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """The base plus a multiple of each task vector."""

@@ -30,7 +30,7 @@ from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
 from tutelage.core.out import Out
 from tutelage.core.types import IGNORE, Batch, Sum
-from tutelage.methods._kit.blends import Blend, blended, learned
+from tutelage.methods._kit.blends import TASKS, Blend, blended, learned
 from tutelage.methods._kit.vectors import deltas, fell, moved
 
 
@@ -111,16 +111,7 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
 BENCH = Bench(
     base="recipes/bench/merge.yaml",
     arm={
-        "data": {
-            "code": {"path": "stdlib:code"},
-            "asked": {
-                "use": "bench.instructions:Instructions",
-                "args": {"count": 2000},
-                "template": True,
-                "val": "10%",
-            },
-            "records": {"use": "bench.records:Records", "args": {"count": 2000}, "val": "10%"},
-        },
+        "data": TASKS,
         "apply": {"use": "merge/anisotropic", "steps": 60, "rows": 4, "passages": 16},
     },
     stage="merged",

@@ -3,7 +3,7 @@
 Paper:   Maini et al. 2024 (WRAP), arXiv:2401.16380
 Use:     `medium` (as in an encyclopedia) or `qa`; real and rephrased text one to one, for the writer knows no typing errors
     and no slang, and text that does must still be read. `length` 300, as the paper found that more in one passage loses
-    what is said. A writer of 1.8 B parameters did in the paper what one of 7 B did
+    what is said. The paper's writer had 7 B parameters
 Works:   any text; styles are English unless `prompts` says otherwise. Documents that the stage holds out are left out
 Costs:   one answer for each passage and style, about as long as the passage, or twice for `qa`; answers are kept as they
     come, so a cut stage pays for none twice
