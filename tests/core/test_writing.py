@@ -1,5 +1,6 @@
 """What a writer answered is kept: a cut stage pays for nothing twice and ends in the same rows, whoever the writer is."""
 
+import asyncio
 import json
 import os
 import signal
@@ -173,6 +174,16 @@ def test_an_endpoint_answers_each_question_once_in_the_rows_order(tmp_path, endp
     assert {head["authorization"] for head in one.heads} == {"Bearer sk-very-secret"}
     written = [path for path in tmp_path.rglob("*") if path.is_file() and b"very-secret" in path.read_bytes()]
     assert written == []
+
+
+def test_an_endpoint_is_asked_where_a_loop_is_running_as_in_a_notebook(tmp_path, endpoints):
+    one = endpoints(reply)
+
+    async def cell():
+        return run(graph(tmp_path, **asked_at(one)))
+
+    assert asyncio.run(cell()).done[-1] == "told"
+    assert len(one.asked) == LIMIT
 
 
 def test_what_an_endpoint_answered_before_it_died_is_not_asked_again(tmp_path, endpoints):

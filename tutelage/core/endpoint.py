@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tutelage.base.endpoint import is_local
@@ -11,6 +12,7 @@ from tutelage.base.errors import UserError
 
 if TYPE_CHECKING:
     import httpx
+    from anyio.from_thread import BlockingPortal
 
 MOST_BYTES = 1_000_000  # of a reply
 
@@ -30,6 +32,13 @@ def connect(url: str) -> httpx.AsyncClient:
     except ImportError as error:
         raise UserError("an endpoint needs httpx: pip install tutelage[endpoint]") from error
     return httpx.AsyncClient(timeout=None, follow_redirects=False, trust_env=not is_local(url))
+
+
+def portal() -> AbstractContextManager[BlockingPortal]:
+    """A way into a loop in a thread of its own: in the caller's one may run already, as in a notebook."""
+    from anyio.from_thread import start_blocking_portal  # httpx brings it
+
+    return start_blocking_portal()
 
 
 async def post(

@@ -14,6 +14,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,19 +179,26 @@ class Remote:
         self, asked: Iterable[tuple[T, Question]], *, tokens: int, temperature: float, top_p: float, rows: int
     ) -> Iterator[tuple[T, Answer]]:
         how = {"max_tokens": tokens, "temperature": temperature, "top_p": top_p}
-        waiting: deque[tuple[T, asyncio.Task[Answer]]] = deque()
-        with asyncio.Runner() as runner:
-            loop, client = runner.get_loop(), endpoint.connect(self.url)
+        waiting: deque[tuple[T, Future[Answer]]] = deque()
+        client = endpoint.connect(self.url)
+        with endpoint.portal() as portal, portal.wrap_async_context_manager(client):
             try:
                 for about, question in asked:
-                    waiting.append((about, loop.create_task(self._answer(client, question, how))))
+                    waiting.append((about, portal.start_task_soon(self._answer, client, question, how)))
                     if len(waiting) == self.spec.parallel:
-                        about, task = waiting.popleft()
-                        yield about, loop.run_until_complete(task)
-                for about, task in waiting:
-                    yield about, loop.run_until_complete(task)
+                        yield self._next(waiting)
+                while waiting:
+                    yield self._next(waiting)
             finally:
-                runner.run(_end(client, [task for _, task in waiting]))
+                for _, answer in waiting:
+                    answer.cancel()
+
+    def _next(self, waiting: deque[tuple[T, Future[Answer]]]) -> tuple[T, Answer]:
+        """The first of those that are waited for; it stays among them until it is there."""
+        about, answer = waiting[0][0], waiting[0][1].result()
+        waiting.popleft()
+        self.told.more()
+        return about, answer
 
     async def _answer(self, client: Any, question: Question, how: dict[str, Any]) -> Answer:
         seed = randomness.seed_of(self.node.seed, self.node.root, 0, question.purpose) >> 32  # as many bits as all take
@@ -204,7 +212,6 @@ class Remote:
                 return Answer("", False)
             self.ledger.add([(key, found)])
         self.answered += 1
-        self.told.more()
         return found
 
     async def _tried(self, client: Any, body: dict[str, Any]) -> Answer | None:
@@ -243,13 +250,6 @@ class Remote:
     def _failed(self, wrong: str) -> UserError:
         kept = f"; {len(self.ledger.places):,} answers are kept, and the same command goes on from there"
         return UserError(f"stages.{self.node.name}.make.endpoint: {self.url}: {wrong}{kept}")
-
-
-async def _end(client: Any, tasks: list[asyncio.Task[Answer]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await client.aclose()
 
 
 def writer_of(node: Node, spec: Endpoint | None, ledger: Ledger, *, name: str, say: Say) -> Writer:
