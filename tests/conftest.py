@@ -21,6 +21,7 @@ LONG = (
     "server",
     "faults",
     "recipes",
+    "steering",
 )  # rooms whose files take longest: begun early, no worker ends with one
 
 

@@ -1,6 +1,5 @@
 """What a writer answered is kept: a cut stage pays for nothing twice and ends in the same rows, whoever the writer is."""
 
-import asyncio
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from tests import toy
+from tests.awaited import awaited
 from tests.endpoint import Endpoint, completion
 from tutelage.base import registry
 from tutelage.base.errors import UserError
@@ -182,7 +182,7 @@ def test_an_endpoint_is_asked_where_a_loop_is_running_as_in_a_notebook(tmp_path,
     async def cell():
         return run(graph(tmp_path, **asked_at(one)))
 
-    assert asyncio.run(cell()).done[-1] == "told"
+    assert awaited(cell()).done[-1] == "told"
     assert len(one.asked) == LIMIT
 
 

@@ -34,7 +34,7 @@ def corruption(**more: Any) -> SpanCorruption:
 
 def ul2(**more: Any) -> UL2:
     """Without the two denoisers that would hide more spans than there are digits."""
-    return UL2(sentinel="{}", tokens=MODES, **{"extreme": [(8, 0.5), (64, 0.5)], **more})
+    return UL2(**{"sentinel": "{}", "tokens": MODES, "extreme": [(8, 0.5), (64, 0.5)], **more})
 
 
 def restored(source: list[int], target: list[int]) -> list[int]:
@@ -304,6 +304,33 @@ def test_held_out_text_is_measured_on_the_bytes_that_prefix_lm_measures(name: st
     source = ours["source" if name == "t5" else "tokens"]
     assert source[:, 1].tolist() == [encode("S")[1]] * 3
     assert ours["tokens"].shape[1] <= view.length
+
+
+def test_a_mode_token_that_has_no_room_is_left_out_and_no_row_is_longer_than_the_stage_says() -> None:
+    method, other = ul2(tokens={"s": "[S2S]"}), PrefixLM()
+    view = view_of("gpt2", objective=method)
+    texts = [TEXT[i:] for i in range(20)] + [TEXT[:i] for i in range(3, 40)]
+    lacking = 0
+    for text in texts:
+        view.length = len(encode(text))
+        ours, theirs = method.measured(batch_of([text]), view), other.measured(batch_of([text]), view)
+        assert ours["tokens"].shape[1] <= view.length
+        for field in ("labels", "bytes"):
+            kept = [batch[field][(batch["labels"] != IGNORE) & (batch["bytes"] > 0)] for batch in (ours, theirs)]
+            assert kept[0].tolist() == kept[1].tolist()
+        lacking += ours["tokens"][0, 1:6].tolist() != encode("[S2S]")[1:]
+    assert 0 < lacking < len(texts) / 2
+    view.length = 20
+    prompted = method.batch(batch_of([TEXT[:19]], prompt=2), view)
+    assert prompted["tokens"].shape[1] == 20 and real(prompted["labels"][0]) == encode(TEXT[:19])[3:]
+
+
+def test_a_mode_token_is_no_sentinel() -> None:
+    method = UL2(sentinel="{}", tokens={"r": "4", "s": "S", "x": "X"}, regular=[(3, 0.15)], mode="r")
+    view = view_of("t5", objective=method)
+    assert method.batch(batch_of([TEXT]), view)["source"][0, 1] == DIGITS[4]
+    with pytest.raises(UserError, match="has 7 hidden spans, and the tokenizer only 4 sentinels"):
+        method.batch(batch_of([TEXT + TEXT]), view)
 
 
 def test_held_out_text_is_measured_in_the_mode_that_is_asked_for() -> None:

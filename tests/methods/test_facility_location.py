@@ -15,6 +15,7 @@ from tests.methods.small import Texts, batch_of, collate, view_of
 from tests.toy import graph, numbers
 from tutelage.base import load
 from tutelage.base.clock import Clock
+from tutelage.base.errors import UserError
 from tutelage.core.run import run_graph
 from tutelage.core.stage import Corpora, processor_of, start_of
 from tutelage.core.types import Piece, Row
@@ -135,6 +136,11 @@ def test_data_are_embedded_for_each_subset_or_for_the_first_alone(embed: Any, ti
         method.pick(view)
         took.append(view.engine.flops.total - before)
     assert sum(work > 0 for work in took) == times and len({work for work in took if work}) == 1
+
+
+def test_an_encoder_decoder_model_is_refused_before_the_first_step() -> None:
+    with pytest.raises(UserError, match="reads no chunk as a whole"):
+        FacilityLocation().begin(torch.nn.Module(), view_of("t5", objective=CausalLM()))
 
 
 def test_no_refresh_is_one_subset_to_the_end_and_the_whole_is_none() -> None:

@@ -14,7 +14,7 @@ from tests.methods.small import batch_of, transformed, view_of
 from tutelage.base import registry
 from tutelage.base.errors import UserError
 from tutelage.core.types import Batch
-from tutelage.methods._kit.expansion import apart, kinds, point, slope
+from tutelage.methods._kit.expansion import apart, exact_to, kinds, point, slope
 from tutelage.methods.objective.causal_lm import CausalLM
 from tutelage.methods.param.linear_expansion import LinearExpansion
 
@@ -165,6 +165,14 @@ def test_blocks_on_no_line_are_refused_with_what_puts_them_there(tmp_path: Path)
     four_blocks().save_pretrained(tmp_path / "start")
     with pytest.raises(UserError, match=r"lie on no line \(off by .*train the start with param/linear_expansion"):
         transformed([tmp_path / "start"], tmp_path / "made", use="init/linear_expansion", depth=3)
+
+
+def test_bf16_blocks_may_lie_off_by_their_rounding_and_no_more() -> None:
+    line = [torch.linspace(0.5, 2.0, 7) + 0.3 * i for i in range(4)]
+    rounded = [t.bfloat16() for t in line]
+    assert 0 < apart(rounded) <= exact_to(torch.bfloat16)
+    off = [*rounded[:1], rounded[1] + 0.06, *rounded[2:]]  # a fiftieth of the largest number
+    assert apart(off) > exact_to(torch.bfloat16)
 
 
 def test_one_block_makes_no_line() -> None:

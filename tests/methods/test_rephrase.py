@@ -108,6 +108,14 @@ def test_answers_are_asked_for_as_the_settings_say():
         ("Sure enough, the river rose.", "Sure enough, the river rose."),
         ('"Rise," he said to the "river"', '"Rise," he said to the "river"'),
         ("Question: What rose?\nAnswer: The river.", "Question: What rose?\nAnswer: The river."),
+        ("**Question:** What rose?\n**Answer:** A river.", "**Question:** What rose?\n**Answer:** A river."),
+        ("Here are the questions of the text:\n\n* What rose?\n* What fell?", "* What rose?\n* What fell?"),
+        ("**Here is the paraphrased text:** The river rose.", "The river rose."),
+        ("My own rather free paraphrase of it:\nThe river rose.", "The river rose."),
+        ("Rephrased paragraph: The river rose.", "The river rose."),
+        ("Texts often rewritten: the letters of Paul.", "Texts often rewritten: the letters of Paul."),
+        ("This is the question that it asks: why war?", "This is the question that it asks: why war?"),
+        ("They rise: *Elbe* and **Oder**", "They rise: *Elbe* and **Oder**"),
     ],
 )
 def test_what_is_said_about_an_answer_is_taken_off_and_nothing_else(answer, text):

@@ -22,6 +22,7 @@ from tutelage.cli import app
 from tutelage.core import artifact
 from tutelage.core.stats import blocked, paired
 
+STEPS = 100  # of about a tenth of a second: long enough that a try begins in their midst
 TRIPLED = [{"do": "scale", "path": "optim.lr", "by": 3.0}]
 
 pytestmark = pytest.mark.slow
@@ -150,12 +151,12 @@ def paused_at(folder: Path, tick: int) -> None:
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("adopt", [True, False])
 def test_a_stage_in_the_midst_of_steps_pauses_after_them_as_it_would_have(running: Path, adopt: bool) -> None:
-    asked = steering.send(running, [{"do": "step", "n": 400}], by="bob")
+    asked = steering.send(running, [{"do": "step", "n": STEPS}], by="bob")
     begun = steering.wait(running, asked, seconds=120)["tick"]
     tried = trying.run_try(trying.begin_try(running, TRIPLED, 3, by="ada"))
-    assert tried.until == begun + 400 > tried.tick
+    assert tried.until == begun + STEPS > tried.tick
     trying.settle(tried, adopt=adopt)
-    paused_at(running, begun + 400)
+    paused_at(running, begun + STEPS)
 
 
 @pytest.mark.usefixtures("warm")

@@ -118,7 +118,7 @@ def fit(node: Node, method: Method, inputs: Sequence[Weights], *, say: Say) -> F
         run.save()
     finally:
         run.metrics.close()
-    stop.end()
+        stop.end()
     return Fitted(run.counts(), (run.folder / "metrics.jsonl").stat().st_size)
 
 

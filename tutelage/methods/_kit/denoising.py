@@ -138,10 +138,13 @@ def hide_spans(
 def cut(found: Document, *, given: int, mode: Sequence[int] = ()) -> Example:
     """The first `given` tokens, the separator among them, are the input, all others the target.
 
-    Where the room is short, the input's oldest tokens are left out: what is predicted stays the same.
+    Where the room is short, the input's oldest tokens are left out, and `mode` where that is not enough: what is
+    predicted stays the same.
     """
     at = given - len(found.front_T)
     over = 0 if found.room is None else max(0, found.size + len(mode) - found.room)
+    if over > at:
+        mode, over = (), 0
     target_M = found.tokens_T[at:]
     return Example(
         torch.cat([found.front_T, found.tokens_T.new_tensor(mode), found.tokens_T[min(over, at) : at]]),
@@ -308,17 +311,24 @@ class Tokens(dict[str, list[int]]):
         return [self[text] if text else [] for text in texts]
 
     def sentinels(
-        self, view: Any, batch: Batch, pattern: str, denoisers: Iterable[tuple[float, float]], *, method: str
+        self,
+        view: Any,
+        batch: Batch,
+        pattern: str,
+        denoisers: Iterable[tuple[float, float]],
+        *,
+        method: str,
+        modes: Iterable[Sequence[int]] = (),
     ) -> Tensor:
         """The tokens that `pattern` names with 0, 1, …: as many as (mean, rate) may ask for here, and there are.
 
-        UserError where the tokenizer has none.
+        They end before one that is a mode's, which says something else. UserError where the tokenizer has none.
         """
         longest = max(2, int((batch["segments"] > 0).sum(dim=1).max()))
         most = max(counts(longest, rate=rate, mean=mean)[1] for mean, rate in denoisers)
         found: list[int] = []
         for ids in self.of(view, [pattern.format(i) for i in range(max(2, most))]):
-            if len(ids) != 1 or ids[0] in found:
+            if len(ids) != 1 or ids[0] in found or ids in modes:
                 break
             found += ids
         if len(found) < 2:  # of a tokenizer that writes both as one unknown token, too

@@ -43,4 +43,4 @@ def apart(line: Sequence[Tensor]) -> float:
 
 def exact_to(dtype: torch.dtype) -> float:
     """How far from a line numbers of a type may lie because of their rounding."""
-    return 16 * torch.finfo(dtype).eps
+    return 2 * torch.finfo(dtype).eps

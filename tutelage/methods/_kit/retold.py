@@ -18,12 +18,13 @@ SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+\s*")
 LITTLE = 0.1  # of its size is what zlib makes of a text that says the same over and over
 # What models say of an answer before and after it: "Sure!", "Here is a paraphrase of the text:", "I hope this helps."
 TALK = r"(?:paraphras|rephras|rewr|version|conversation|dialog|question|paragraph|passage|text)"
+TOLD = r"(?:paraphrase[ds]?|paraphrasing|rephrased?|rewritten)"
 AROUND = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"\A(?:sure|certainly|of course|okay|ok)\b[^\n]{0,160}?[:!.,]\s+(?=\n|here\b)",
-        rf"\A(?:here(?:'s|’s| is| are)|below (?:is|are)|the following is|this is)\b[^\n:]{{0,100}}?{TALK}[^\n:]{{0,80}}:",
-        r"\A[^\n:]{0,40}\b(?:paraphrase[ds]?|paraphrasing|rephrased?|rewritten)\b[^\n:]{0,60}:",
+        rf"\A\**(?:here(?:'s|’s| is| are)|below (?:is|are)|the following is)\b[^\n:]{{0,100}}?{TALK}[^\n:]{{0,80}}:\**",
+        rf"\A\**(?:[^\n:]{{0,40}}\b{TOLD}\b[^\n:]{{0,60}}:\**[ \t]*\n|(?:\w+ )?{TOLD}(?: {TALK}\w*)?:\**)",
         r"\n(?:i hope (?:this|that)|let me know|please let me know|feel free to)\b[^\n]*\Z",
     )
 ]
@@ -107,7 +108,7 @@ def _split(text: str, where: re.Pattern[str]) -> Iterator[str]:
 def bare(text: str) -> str:
     """An answer without what is said about it: an opening, a closing, and quotation marks around the whole."""
     for pattern in AROUND:
-        text = pattern.sub("", text.strip(), count=1).strip(" \t\r\n*")
+        text = pattern.sub("", text.strip(), count=1).strip()
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1] else text
 
 

@@ -1,19 +1,20 @@
 """Quality network: a small network learns what trusted text is like, and the share of the rest that is most like it is kept.
 
-Paper:   Fang et al. 2023 (Data Filtering Networks), arXiv:2309.17425; the network for text: Joulin et al. 2016, arXiv:1607.01759
+Paper:   Fang et al. 2023 (Data Filtering Networks), arXiv:2309.17425; the network for text: Joulin et al. 2016,
+    arXiv:1607.01759
 Use:     little, but clean trusted text: the paper found that a few percent of poor data in it spoil the filter, and that
-         how well the network does its own task says little; compare filters by the model trained on what they keep. 10
-         to 20 % is kept of web text. `drop: false` writes every document with its score, for condition/metadata
+         how well the network does its own task says little; compare filters by the model trained on what they keep.
+         `drop: false` writes every document with its score, for condition/metadata
 Works:   text of any form in words; a conversation counts as all that it says. Documents of the trusted sources are not
          written, unless `judge: all`. What the stage holds out of a source is left out
 Costs:   every document is read twice; 4 bytes of memory for each of its words and pairs of words; about 30 ms of a
          CPU core for 1,000 words, most of it for learning. No model is opened
 With:    any stage that learns from rows: `data: {web: {stage: filtered}}`, the trusted text beside it
-Differs: text in place of captioned images, so the network tells trusted documents from the others (the paper's classifier,
-         the weaker of its two) where its best one tells a caption from other captions; no fine-tuning of the network. Two
-         networks each learn from half of the documents and judge the other half, so that none is judged by one that
-         has seen it called poor. Adam, both kinds weighing the same, and all words by hash, where fastText takes plain
-         gradient steps, every document alike, and keeps a list of words
+Differs: text in place of captioned images, so the network tells trusted documents from the others (as some of the
+         networks that the paper compared) where its best one tells a caption from other captions; no fine-tuning of the
+         network. Two networks each learn from half of the documents and judge the other half, so that none is judged by
+         one that has seen it called poor, and scores of both are ranked together. Adam, both kinds weighing the same, and
+         all words by hash, where fastText takes plain gradient steps, every document alike, and keeps a list of words
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class QualityNetwork(Method):
     )
     drop: bool = Field(True, description="false writes all that is judged, with `quality`")
     size: int = Field(16, ge=1, le=1024, description="numbers that stand for a word or a pair of words")
-    buckets: int = Field(1 << 16, ge=16, description="how many words and pairs are told apart, by hash")
+    buckets: int = Field(1 << 16, ge=16, le=1 << 30, description="how many words and pairs are told apart, by hash")
     passes: int = Field(5, ge=1, description="over the documents that a network learns from")
     rate: float = Field(0.01, gt=0, description="Adam's rate, falling to 0")
     seed: int = Field(1, ge=0, description="of the first weights and the order")
@@ -70,6 +71,11 @@ class QualityNetwork(Method):
             raise UserError(
                 "filter/quality_network: every source is trusted, so nothing is left to judge; add the source that is "
                 "to be filtered under `data`, or write `judge: all`"
+            )
+        if min(sum(good), len(good) - sum(good)) < HALVES:
+            raise UserError(
+                f"filter/quality_network: {sum(good)} documents are trusted and {len(good) - sum(good)} are not; to tell them "
+                f"apart takes {HALVES} of each at least: name sources of either kind under `data`"
             )
         scores = self._scores(parts, torch.tensor(good, dtype=torch.float32))
         count = max(1, round(self.keep * int(judged.sum())))
@@ -118,8 +124,6 @@ class QualityNetwork(Method):
     ) -> None:
         """Logistic loss; both kinds weigh the same in all, however few documents are trusted."""
         share = float(good_N[learned_M].mean())
-        if share in (0.0, 1.0):
-            return
         weights = torch.tensor([0.5 / (1 - share), 0.5 / share])
         optimizer = torch.optim.Adam(network.parameters(), lr=self.rate)
         steps, step = self.passes * -(-len(learned_M) // ROWS), 0
@@ -171,16 +175,21 @@ def batch(parts: list[np.ndarray], rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effect(run: Seen) -> dict[str, float]:
-    """How many rows there are, and the share of them that is in the letters of the trusted source, which the other has not."""
+    """How many rows there are, the share of them that is in the letters of the trusted source, which the other has not, and
+    how many scores there are a row: a network tells even documents of one kind apart."""
     rows = [orjson.loads(line) for line in (run.folder / "artifact/data/rows.jsonl").read_bytes().splitlines()]
-    return {"rows": float(len(rows)), "like": sum("a" in row["text"] for row in rows) / len(rows)}
+    return {
+        "rows": float(len(rows)),
+        "like": sum("a" in row["text"] for row in rows) / len(rows),
+        "scores": len({row["quality"] for row in rows}) / len(rows),
+    }
 
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
-    return on["rows"] < 0.5 * off["rows"] and on["like"] > 0.95 > off["like"]
+    return on["rows"] < 0.5 * off["rows"] and on["like"] > 0.95 > off["like"] and on["scores"] > 0.5
 
 
-BENCH = Bench(
+BENCH = Bench(  # `keep` is the share that is good, which a user would not know
     base="recipes/bench/noisy.yaml",
     arm={"data": {"pool": {"use": None, "stage": "filtered", "val": 0}}},
     metric="bits_per_byte/clean",

@@ -99,7 +99,7 @@ SHALLOW = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
-BENCH = Bench(
+BENCH = Bench(  # at equal steps after it was made; embeddings, last norm and head come along with the line
     base="recipes/bench/learngene.yaml",
     arm={"start": "made"},
     stage="descendant",

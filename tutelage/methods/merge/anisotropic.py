@@ -7,12 +7,16 @@ Use:     `start: [base, one, two]` and what the merge is to be good at under `da
 Works:   models trained from one base, of one shape; `entropy` where they write tokens
 Costs:   a step costs a training step on `rows` rows of each source. While it fits, the device holds the weights of all
          starts in float32, the blended ones beside them, and activations; where all starts do not fit into half of what is
-         free, they are read from their files twice a step. The merge itself is as any other
+         free, a step reads them from their files once, and once more for each source (and micro-batch). The merge itself is
+         as any other
 With:    beside merge/task_arithmetic, whose one scale it replaces; beside a fine-tuning of all weights where passages are few
-Differs: without labels it lowers the entropy of the predictions, as the paper's peers do; its own loss (UFM, a FixMatch) takes
-         augmented pictures. The coefficients of the last step are taken, theirs are the best of an epoch on held-out data.
-         Losses of several sources are averaged, not summed; a source is read over and over without augmentation. Not its
-         random parts of a block (aTLAS x K), the penalty on coefficients, nor linearized models
+Differs: without labels it lowers the entropy of the predictions, as the paper's peers do; its own loss (UFM, a FixMatch)
+         takes augmented pictures. The coefficients of the last step are taken, theirs are the best of an epoch on
+         held-out data. Losses of several sources are averaged, not summed; a source is read over and over without
+         augmentation. Not its random parts of a block (aTLAS x K), the penalty on coefficients, its task negation, nor
+         linearized models. Every parameter has coefficients, theirs are of an image encoder whose heads are frozen; the
+         rate falls as a cosine, as theirs for few passages and for UFM does, where for task addition theirs stays at
+         0.001
 """
 
 from __future__ import annotations
@@ -106,8 +110,8 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return on["fell"] > 0.1 and on["apart"] > 0.01 and on["bits"] < 0.95 * off["bits"]
 
 
-# Only the arm fits, on 16 passages of each task; what that costs stands beside the verdict, and the baseline has as many
-# scales tried on labelled text.
+# Only the arm fits, on 16 passages of each task, which that task's model has learned from (theirs are held out); what that
+# costs stands beside the verdict, and the baseline has as many scales tried on labelled text.
 BENCH = Bench(
     base="recipes/bench/merge.yaml",
     arm={

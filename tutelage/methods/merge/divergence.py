@@ -5,8 +5,9 @@ Use:     `start: [base, one, two]` with a source for each model after the base u
          whose; no labels are read. `level: layer` for more than two models; rate 0.01 to 0.1
 Works:   models trained from one base, of one shape, that write tokens; one tokenizer
 Costs:   a step costs each task a training step and a forward pass of its own model, on `rows` rows. While it fits, the
-         device holds the weights of all starts in float32, the blended ones beside them, and activations; where all starts
-         do not fit into half of what is free, they are read from their files twice a step. The merge itself is as any other
+         device holds the weights of all starts in float32, the blended ones and one more model that answers beside them, and
+         activations. Where all starts do not fit into half of what is free, a step reads them from their files once, once
+         more for each source (and micro-batch), and each model to let it answer. The merge itself is as any other
 With:    in place of a scale of merge/task_arithmetic chosen on labelled data
 Differs: the divergence is taken at every position of a passage at which the objective predicts something, given the
          passage's own text. The optimizer (Adam), its rate, the first coefficients (1 / models), how many passages are read

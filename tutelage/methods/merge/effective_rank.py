@@ -74,13 +74,17 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return abs(on["directions"] - off["within"]) < 0.1 and on["directions"] < 0.9 * off["directions"]
 
 
-BENCH = Bench(  # of sampled answers that are right or wrong, the likelihood of the right one decides pass@k
+# How likely right answers are stands for pass@k, at which a model of this size has nothing to show. The rival reverts all
+# directions alike, and both may choose how far.
+BENCH = Bench(
     base="recipes/bench/merge.yaml",
     arm={"start": ["one", "tuned"], "apply": {"use": "merge/effective_rank", "gamma": 0.2}},
     stage="merged",
-    baseline={"start": ["one", "tuned"], "apply": {"use": "merge/effective_rank", "gamma": 1.0}},
+    baseline={"start": ["one", "tuned"], "apply": {"use": "merge/task_arithmetic", "scale": 0.8}},
     metric="bits_per_byte/few",
     better="lower",
     margin=0.01,
+    tune={"apply.gamma": [0.0, 0.2, 0.5, 0.8]},
+    tune_baseline={"apply.scale": [0.4, 0.6, 0.8, 0.9]},
     scale="pass@k of Llama 3 and Qwen3, 0.6 B to 30 B parameters",
 )

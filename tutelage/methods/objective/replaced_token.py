@@ -1,20 +1,22 @@
 """Replaced token detection: a small generator fills masks, and the model tells of every token whether it was replaced.
 
 Paper:   Clark et al. 2020 (ELECTRA), arXiv:2003.10555; Niklaus & Giofré 2022 (BudgetLongformer), arXiv:2211.17135
-Use:     pretraining of encoders. `width` 1/4 (small, large) to 1/3 (base) of the model's; a generator as wide as the model
-    leaves too little to detect. `rate` 0.15, 0.25 for large models
-Works:   models that see both sides and have `.embeddings` (BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, DeBERTa, Longformer and
-    their like); the tokenizer needs a mask token
-Costs:   a pass of the generator beside the model's (of 128 tokens at a quarter of the width, 0.11 of the FLOPs of BERT base, 0.19
-    where that is 256 wide, for the vocabulary) and its states in the optimizer; logits of all hidden tokens at once.
-    Every position teaches the model
+Use:     pretraining of encoders. `width` 1/4 (small, large) to 1/3 (base) of the model's: the paper found 1/4 to 1/2 best,
+    a stronger generator perhaps too hard to see through. `rate` 0.15, 0.25 for large models
+Works:   models that see both sides and have `.embeddings` (BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, DeBERTa,
+    Longformer and their like); the tokenizer needs a mask token
+Costs:   a pass of the generator beside the model's (of 128 tokens at a quarter of the width, 0.11 of the FLOPs of BERT
+    base, 0.19 where that is 256 wide, for the vocabulary) and its states in the optimizer; logits of all hidden tokens at
+    once. Every position teaches the model
 With:    adds to penalties, and to auxiliaries on hidden states; no logits of tokens are trained. Bits per byte mean nothing
     here and are not measured: probe/loss says how much is detected
-Differs: tokens are sampled by one number a position, drawn with the batch, instead of Gumbel noise (the same distribution, and
-    the same tokens on any number of processes); every position is hidden by itself, as in objective/masked_lm, not a
-    fixed number a row; where rows have weights, the generator's part is divided by what counts without them. The
-    model's own masked-language head is frozen and goes out as it came; `discriminator` in extra.safetensors is the head
-    that was trained; the generator is thrown away, so a later stage begins with a new one
+Differs: tokens are sampled by one number a position, drawn with the batch, instead of Gumbel noise (the same
+    distribution, and the same tokens on any number of processes); every position is hidden by itself, as in
+    objective/masked_lm, not a fixed number a row, and 0.85 of those are masked, as in the authors' code. The generator's
+    heads are as wide as the model's. Where rows have weights, the generator's part is divided by what counts without
+    them. The model's own masked-language head is frozen and goes out as it came, but for what it shares with the
+    embeddings; `discriminator` in extra.safetensors is the head that was trained; the generator is thrown away, so a
+    later stage begins with a new one
 """
 
 from __future__ import annotations

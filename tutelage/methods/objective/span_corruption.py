@@ -5,13 +5,16 @@ Use:     `rate` 0.15 and `mean` 3; up to 0.5 and long spans in a mixture (object
     hidden spans: T5's have `<extra_id_0>` to `<extra_id_99>`, one that is trained here has those that
     `tokenizer: {train: bpe, vocab: 2048, sentinels: 100}` asks for, others may have some by another name (`sentinel`)
 Works:   encoder-decoder models, one document a row; causal ones, packed or not, which read input and target in one row
-Costs:   about `rate` of the positions teach. A causal model's row holds every sentinel twice: text that then has no room
-    in `length` is left out (a tenth at the defaults), an encoder-decoder model leaves nothing out
+Costs:   about `rate` · (1 + 1 / `mean`) of the positions teach, sentinels among them. A causal model's row holds every
+    sentinel twice: text that then has no room in `length` is left out (a tenth at the defaults), always at the end; an
+    encoder-decoder model leaves nothing out
 With:    adds to every auxiliary and penalty; bits per byte is then measured on the hidden text (sentinels are free), both
     sides given, so it compares with no other objective's
-Differs: rows are cut documents, where T5 joins documents before it cuts; the input gets no end token, the target ends as a
-    document does; text that is not learned (a prompt, a prefix) may be hidden but is not learned; measured rows keep
-    their spans, made from their content. As in T5's code, a single span lies at the end
+Differs: rows are cut documents, where T5 joins documents before it cuts, and `length` counts the text before spans are
+    hidden, T5's what is left of it. The input gets no end token, and where a tokenizer has no token to begin with, its
+    separator stands in front (T5's `</s>`). The target ends as a document does; no sentinel closes it, as in T5's code,
+    where in the paper one does. Text that is not learned (a prompt, a prefix) may be hidden but is not learned; measured
+    rows keep their spans, made from their content. As in T5's code, a single span lies at the end
 """
 
 from __future__ import annotations

@@ -1,20 +1,25 @@
 """UL2: a mixture of denoisers, each told by a mode token in front: short spans, long or many spans, the rest of a text.
 
-Paper:   Tay et al. 2022 (UL2), arXiv:2205.05131; denoisers on causal models also in Tay et al. 2022 (U-PaLM), arXiv:2210.11399
-Use:     pretraining as it stands; `shares` of S of about a fifth (the paper's ablation). At fine-tuning set `mode` to what
-    the task is like (`s` to write on, `r` to understand, `x` for long answers): every row is then of that mode, and where a
-    source marks its answers (`template`) they follow its token. Prompts at use begin with the token too. The tokenizer
-    needs tokens for hidden spans, as objective/span_corruption says
+Paper:   Tay et al. 2022 (UL2), arXiv:2205.05131; denoisers on causal models also in Tay et al. 2022 (U-PaLM),
+    arXiv:2210.11399
+Use:     pretraining as it stands; `shares` of S of about a fifth (the paper's ablation). A causal model that is trained
+    already goes on as U-PaLM did with `shares: {r: 1, s: 2, x: 1}`, `regular: [[3, 0.15]]`, `extreme: [[32, 0.15], [3,
+    0.5]]` and `suffix: 0.5`. At fine-tuning set `mode` to what the task is like (`s` to write on, `r` to understand, `x`
+    for long answers): every row is then of that mode, and where a source marks its answers (`template`) they follow its
+    token. Prompts at use begin with the token too. The tokenizer needs tokens for hidden spans, as
+    objective/span_corruption says
 Works:   encoder-decoder models, one document a row; causal ones, packed or not, which read input and target in one row
 Costs:   a third of the positions teach, at the defaults. A causal model's row holds every sentinel twice: text that then
     has no room in `length` is left out (a quarter at [3, 0.5]), an encoder-decoder model leaves nothing out
 With:    adds to every auxiliary and penalty. Held-out text is measured as the S denoiser with its token (`mode` or `heldout`
     say otherwise), cut where objective/prefix_lm cuts it and on the same bytes, so these two compare
-Differs: a mode token is a text, and as many tokens as it takes in the tokenizer (`[NLU]` is five bytes); name one that it has
-    (`tokens: {r: <extra_id_97>}`) to spend one. Span lengths are T5's random divisions, as in the authors' code, not
-    normally distributed, as in their text. Six span denoisers are drawn alike and S at a fifth, where the paper has all
-    seven about alike. Answers always follow the prompt, in any mode. A causal model reads its input with its own causal
-    mask, where the paper lets it see both ways. Else as objective/span_corruption
+Differs: a mode token is a text, and as many tokens as it takes in the tokenizer (`[NLU]` is five bytes); name one that it
+    has (`tokens: {r: <extra_id_97>}`) to spend one. Span lengths are T5's random divisions, as in the authors' code, not
+    normally distributed, as in their text. S predicts a quarter in the mean, as in their text, where their code cuts
+    anywhere; a suffix that is cut off has no end token. A mode token is left out where a row has no room for it. Six span
+    denoisers are drawn alike and S at a fifth, where the paper has all seven about alike. Answers always follow the
+    prompt, in any mode. A causal model reads its input with its own causal mask, where the paper lets it see both ways.
+    Else as objective/span_corruption
 """
 
 from __future__ import annotations
@@ -114,7 +119,7 @@ class UL2(Method):
         ]
         sentinels = torch.zeros(0, dtype=torch.long)
         if asked:
-            sentinels = self._tokens.sentinels(view, batch, self.sentinel, asked, method=self.name())
+            sentinels = self._tokens.sentinels(view, batch, self.sentinel, asked, method=self.name(), modes=ids)
 
         def make(found: Document, own: torch.Generator) -> Example:
             given = before_answer(found)

@@ -1,10 +1,11 @@
 """Loss: what the stage's own objective is on held-out text, column by column, with whatever else the objective tells of it.
 
 Paper:   none; the measure that training minimizes, taken where nothing is trained (Bishop 2006, chapter 1)
-Use:     beside probe/bits_per_byte, and in its place for objectives that predict no text (objective/replaced_token); comparable
-    between runs of one objective and tokenizer alone
+Use:     beside probe/bits_per_byte, and in its place for objectives that predict no text (objective/replaced_token);
+    comparable between runs of one objective and tokenizer alone
 Works:   stages that train, text
-Costs:   the objective's forward pass over the measured rows (`evals.passages` inside a stage, `evals.final` at its end)
+Costs:   the objective's forward pass over the measured rows (`evals.passages` inside a stage, `evals.final` at its end),
+    twice where it has scores
 With:    an objective with `scores(model, batch, view)` has its sums measured too, by name
 Differs: nothing
 """

@@ -2,9 +2,9 @@
 
 Paper:   Yang et al. 2024 (EntiGraph, synthetic continued pretraining), arXiv:2409.07431; code
     ZitongYang/Synthetic_Continued_Pretraining
-Use:     a small corpus whose facts stand in it once; a strong writer (the paper: GPT-4 Turbo, and 1.3 M tokens of books became
-    455 M), then one or two passes at a low rate with a tenth of general text replayed. `pairs` and `triplets` bound what a
-    document costs; what is learned grows with the logarithm of the tokens
+Use:     a small corpus whose facts stand in it once; a strong writer (the paper: GPT-4 Turbo, and 1.3 M tokens of books
+    became 455 M), then one or two passes at a low rate with a tenth of general text replayed. `pairs` and `triplets`
+    bound what a document costs; what is learned grows with the logarithm of the tokens
 Works:   any text that fits the writer's context whole: a document is read again for each answer. Prompts are English unless
     `prompts` says otherwise
 Costs:   one answer for the entities of a document and one for each pair and triplet: of 20 entities 190 pairs, each with the
@@ -13,7 +13,9 @@ With:    continual/replay in the stage that learns; filter/near_duplicates first
 Differs: the prompts ask in words of our own for what the authors' ask: a summary and entities as JSON; for two or three
     entities the document told anew for each of them, and how they interact. They stand in one message without a system's.
     A list that cannot be read is asked for `asks` times where their code asks until it can. Triplets are so many drawn by
-    chance, where theirs go through all in mixed order until the budget ends. Empty, repetitive and cut-off answers are dropped
+    chance, where theirs go through all in mixed order until the budget ends. The first `most` entities of a list are taken,
+    none twice and none of over 200 characters, where theirs has no bound; openings and closings are taken off answers, and
+    empty, repetitive and cut-off ones are dropped; only a title stands before the text, where theirs has author and year
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Use:     `medium` (as in an encyclopedia) or `qa`; real and rephrased text one t
     and no slang, and text that does must still be read. `length` 300, as the paper found that more in one passage loses
     what is said. The paper's writer had 7 B parameters
 Works:   any text; styles are English unless `prompts` says otherwise. Documents that the stage holds out are left out
-Costs:   one answer for each passage and style, about as long as the passage, or twice for `qa`; answers are kept as they
-    come, so a cut stage pays for none twice
+Costs:   one answer for each passage and style, about as long as the passage; answers are kept as they come, so a cut
+    stage pays for none twice
 With:    `data: {web: …, told: {stage: rephrased}}` with equal weights in the stage that learns; filter/near_duplicates and
     filter/quality_network before it, so that nothing is told twice or in vain
 Differs: the prompts say what the paper's four say in words of our own, and stand in one message without a system's. What is
