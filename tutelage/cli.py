@@ -69,7 +69,7 @@ def run(
 def plan(recipe: RecipeArg, sets: SetOption = None, runs: RunsOption = RUNS) -> None:
     """Show what `run` would do: stages, inputs, length, FLOPs, memory, disk, time, and what is there already."""
     from tutelage.command import graph_of
-    from tutelage.planning import show as show_plan
+    from tutelage.plan_text import show as show_plan
 
     show_plan(graph_of(recipe, sets=sets or [], runs=runs), console)
 

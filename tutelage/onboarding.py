@@ -63,7 +63,7 @@ def write_recipe(model: str, data: str, *, out: Path, runs: Path, console: Conso
 
 def _plan(recipe: Path, runs: Path, console: Console) -> None:
     from tutelage.command import graph_of
-    from tutelage.planning import show
+    from tutelage.plan_text import show
 
     show(graph_of(recipe, sets=[], runs=runs), console)
 

@@ -6,11 +6,10 @@ import dataclasses
 import json
 import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-from rich.console import Console
 
 from tutelage import sampling, sizing
 from tutelage.base import registry
@@ -24,7 +23,6 @@ from tutelage.core.identity import difference
 from tutelage.core.record import newest_line
 from tutelage.core.settle import settle
 from tutelage.core.stage import totals
-from tutelage.display import spell
 from tutelage.sampling import Amount
 from tutelage.sizing import Model
 
@@ -199,7 +197,7 @@ def _rate(node: Node, each: float | None, threads: int) -> tuple[float, str]:
     if known:
         return known[0], f"the speed of {known[1]}"
     peak = sizing.peak(sizing.device_of(node.stage).type, threads)
-    return sizing.PEAK_SHARE * peak, f"a guess: {sizing.PEAK_SHARE:.0%} of the {_number(peak)}FLOP/s measured here"
+    return sizing.PEAK_SHARE * peak, f"a guess: {sizing.PEAK_SHARE:.0%} of the {number(peak)}FLOP/s measured here"
 
 
 def _known(tree: Any) -> None:
@@ -242,11 +240,16 @@ def _origin(spec: SourceSpec) -> str:
     return path or spec.hub or spec.use or f"stage {spec.stage}"
 
 
+def _awaited(node: Node, specs: Iterable[SourceSpec]) -> list[str]:
+    """The stages that have yet to make rows of these sources."""
+    parents = [node.graph.nodes[spec.stage] for spec in specs if spec.stage]
+    return [parent.name for parent in parents if parent.state not in ("done", "reused")]
+
+
 def _amount(node: Node, name: str, spec: SourceSpec, processor: Any, cache: Path, row: dict[str, Any]) -> Amount:
     """What a source holds, as far as it can be told without reading all of it."""
-    parent = node.graph.nodes[spec.stage] if spec.stage else None
-    if parent is not None and parent.state not in ("done", "reused"):
-        return Amount(None, None, str(Later([parent.name])))
+    if late := _awaited(node, [spec]):
+        return Amount(None, None, str(Later(late)))
     more = getattr(node.graph.modality, "extra_tokens", lambda processor: 0)(processor)  # a picture's patches, say
     words = getattr(processor, "tokenizer", processor)
     how: dict[str, Any] = {"processor": words, "cache": cache, "rows": node.rows_of(spec), "length": node.stage.length}
@@ -311,6 +314,8 @@ def _processor(node: Node, notes: list[str], seen: dict[str, Any]) -> tuple[Any,
         folder = graph.modality.start_files(start)[0]
     wanted = node.stage.tokenizer
     _known(wanted)
+    if isinstance(wanted, dict) and "train" in wanted and (late := _awaited(node, node.stage.data.values())):
+        raise Later(late)
     key = f"processor|{folder}|{json.dumps(wanted, default=str)}|{node.name if wanted else ''}"
     if key not in seen:
         if graph.modality.name == "text" and isinstance(wanted, dict) and wanted.get("train") == "bpe":
@@ -343,106 +348,17 @@ def _model(node: Node, processor: Any, seen: dict[str, Any]) -> Model:
     return found
 
 
-# -- for people -------------------------------------------------------------------------------------------------------
-
-
-def show(graph: Graph, console: Console) -> None:
-    """Print the plan, a few lines a stage, and what all of it comes to."""
-    rows = plan(graph)
-    for row in rows:
-        for line in lines(row):
-            console.print(line, soft_wrap=True, markup=False)
-    seconds = sum(row.get("seconds", 0.0) + sum(b["seconds"] for b in row.get("besides", [])) for row in rows)
-    some = " with every stage that a rule may enter" if any(row.get("only_if") for row in rows) else ""
-    disk = sum(row.get("disk", {}).get("total", 0.0) for row in rows)
-    free = next((row["disk"]["free"] for row in rows if "free" in row.get("disk", {})), None)
-    told = f"all{some}: training {spell(seconds)} one stage after another, measuring apart; disk {size(disk)}"
-    console.print(told + (f" of {size(free)} free" if free else ""), soft_wrap=True, markup=False)
-    if free and disk > free:
-        console.print("the disk is too small: free some, or lower save.keep", soft_wrap=True, style="red")
-
-
-def lines(row: dict[str, Any]) -> list[str]:
-    """One stage of the plan as text."""
-    out = [f"{row['stage']}  {row['does']}  {_state(row)}"]
-    if row["state"] == "changed":
-        out.append(f"  changed   {row['difference']}; run with --retrain (beside the old one) or --reuse")
-    if row["start"]:
-        params = ""
-        if "params" in row:
-            some = "all" if row["trained"] == row["params"] else _number(row["trained"])
-            params = f", {_number(row['params'])}parameters" + (f", {some} trained" if "rows" in row else "")
-        out.append(f"  start     {', '.join(row['start'])}{params}")
-    if row.get("only_if"):
-        out.append(f"  made if   {' or '.join(row['only_if'])} enters it")
-    if row.get("entered"):
-        out.append(f"  entered   {row['entered']}")
-    else:
-        out += [f"  on        {way}" for way in row["on"]]
-    for name, found in row.get("data", {}).items():
-        tokens = "tokens unknown" if found["tokens"] is None else f"{_number(found['tokens'])}tokens"
-        exact = (
-            f"; {found['known']}"
-            if found["tokens"] is None
-            else ""
-            if found["stored"]
-            else f", estimated from {found['known']}"
-        )
-        out.append(f"  data      {name}: {found['from']}, {tokens}{exact}")
-    if "rows" in row:
-        out += _training(row)
-    for more in row.get("besides", []):
-        guess = f" ({row['seconds_from']})" if "steps" not in row else ""
-        out.append(f"  besides   {more['what']}: {spell(more['seconds'])} for {_number(more['flops'])}FLOPs{guess}")
-    if row.get("disk", {}).get("total"):
-        parts = ", ".join(f"{k} {size(v)}" for k, v in row["disk"].items() if k not in ("total", "free") and v)
-        out.append(f"  disk      {size(row['disk']['total'])}: {parts}")
-    return out + [f"  note      {note}" for note in row["notes"]]
-
-
-def _state(row: dict[str, Any]) -> str:
-    if row["state"] in ("done", "reused"):
-        values = [
-            f"{k} {v:.3f}" for k, v in row["values"].items() if isinstance(v, float) and k.startswith("bits_per_byte/")
-        ]
-        return f"there already: {row['folder']}" + (f" ({', '.join(values)})" if values else "")
-    if row["state"] == "partial":
-        return f"goes on from step {row['done_steps']:,}"
-    known = {"new": "new", "changed": "to be made anew", rules.UNMADE: rules.UNMADE}
-    return known.get(row["state"]) or f"({Later(row['waits'])})"
-
-
-def _training(row: dict[str, Any]) -> list[str]:
-    memory = row["memory"]
-    step = f"{row['rows']} × {row['length']} tokens a step, {memory['micro']} rows at once"
-    if "steps" in row:
-        step = f"{row['steps']:,} steps of {step}; {_number(row['tokens'])}tokens"
-        step += f", {row['epochs']:.3g} epochs" if "epochs" in row else ""
-    out = [f"  steps     {step}"]
-    if "flops" in row:
-        out.append(f"  time      {spell(row['seconds'])} for {_number(row['flops'])}FLOPs ({row['seconds_from']})")
-    names = ("weights", "gradients", "optimizer", "activations", "logits", "frozen")
-    parts = ", ".join(f"{name} {size(memory[name])}" for name in names if memory[name])
-    parts += f"; frozen weights in {memory['quantize']}" if memory["quantize"] else ""
-    free = "" if memory["available"] is None else f" of {size(memory['available'])} free ({memory['device']})"
-    out.append(f"  memory    {size(memory['total'])}{free}: {parts}")
-    if memory["available"] is not None and memory["total"] > memory["available"]:
-        ways = "; ".join(f"{key}: {value} → {size(total)}" for key, (value, total) in memory["lower"].items())
-        out.append(f"  too much  lower one of: {ways or 'nothing helps but a smaller model'}")
-    return out
-
-
-def _number(value: float) -> str:
-    """`1.05 M`, ready for a unit to follow."""
-    for scale, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.3g} {letter}" + ("" if letter in "PTG" else " ")
-    return f"{value:.0f} "
-
-
 def size(value: float) -> str:
     """`1.2 GB`."""
     for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
     return f"{value:.0f} B"
+
+
+def number(value: float) -> str:
+    """`1.05 M`, ready for a unit to follow."""
+    for scale, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g} {letter}" + ("" if letter in "PTG" else " ")
+    return f"{value:.0f} "

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.toy import graph, numbers
-from tutelage import planning, sampling, sizing
+from tutelage import plan_text, planning, sampling, sizing
 from tutelage.base.spec import SourceSpec
 from tutelage.core import loop, memory
 from tutelage.core.run import run_graph
@@ -32,7 +32,7 @@ def files(folder: Path) -> dict[str, int]:
 
 def shown(built: Any) -> str:
     out = io.StringIO()
-    planning.show(built, Console(file=out, width=400, highlight=False))
+    plan_text.show(built, Console(file=out, width=400, highlight=False))
     return out.getvalue()
 
 
@@ -118,6 +118,18 @@ def test_rows_that_a_stage_has_not_written_have_no_length_yet(tmp_path):
     assert row["data"]["own"]["tokens"] is None and row["data"]["own"]["known"] == "known when texts is done"
     assert "steps" not in row and row["notes"] == ["steps: known when the length of own is"]
     assert row["memory"]["total"] > 0
+
+
+def test_a_tokenizer_that_is_trained_on_rows_to_come_is_known_when_they_are_there(tmp_path):
+    def filtered(recipe: dict[str, Any]) -> None:
+        one = recipe["stages"]["one"]
+        learned = {**one, "tokenizer": {"train": "bpe", "vocab": 300}, "data": {"kept": {"stage": "kept"}}}
+        recipe["stages"] = {"kept": {"make": "filter/near_duplicates", "data": one["data"]}, "one": learned}
+
+    row = by_name(planning.plan(graph(tmp_path, change=filtered)))["one"]
+    assert row["notes"] == ["sizes are known when kept is done"]
+    assert run(graph(tmp_path, change=filtered), only="kept").done == ["kept"]
+    assert by_name(planning.plan(graph(tmp_path, change=filtered)))["one"]["vocab"] <= 300
 
 
 def test_a_sample_tells_about_as_many_tokens_as_there_are(tmp_path):
@@ -242,5 +254,5 @@ def test_what_is_computed_beside_the_steps_has_lines_of_its_own(tmp_path: Path) 
     (looked,) = rows["eva"]["besides"]
     assert looked["flops"] == pytest.approx(40 * frozen["flops"] / 80, rel=0.2) and "40 rows" in looked["what"]
     assert not rows["one"]["besides"] and begun["seconds"] > 0
-    said = planning.lines(two) + planning.lines(words)
+    said = plan_text.lines(two) + plan_text.lines(words)
     assert sum(line.startswith("  besides   ") for line in said) == 4

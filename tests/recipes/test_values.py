@@ -13,7 +13,8 @@ from tests.toy import graph, numbers
 from tutelage.base.errors import UserError
 from tutelage.core.graph import Graph
 from tutelage.core.run import run_graph
-from tutelage.planning import lines, plan
+from tutelage.plan_text import lines
+from tutelage.planning import plan
 
 LAW = '''
 """Writes the numbers that it is given."""

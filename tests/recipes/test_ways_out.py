@@ -16,7 +16,8 @@ from tutelage.core.graph import Graph
 from tutelage.core.record import read_lines
 from tutelage.core.run import Result, run_graph
 from tutelage.look import digest_of
-from tutelage.planning import lines, plan
+from tutelage.plan_text import lines
+from tutelage.planning import plan
 
 
 def ways(on: list[dict[str, Any]]) -> Any:
