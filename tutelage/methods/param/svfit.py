@@ -114,7 +114,7 @@ BENCH = Bench(
     metric="bits_per_byte/code",
     better="lower",
     margin=0.01,
-    tune={"optim.lr": [1e-2, 3e-2, 1e-1]},
+    tune={"optim.lr": [1e-1, 3e-1, 1.0]},
     tune_baseline={"optim.lr": [3e-3, 1e-2, 3e-2]},
     scale="language understanding, image classification and text-to-image generation",
 )
