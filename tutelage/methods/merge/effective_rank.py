@@ -85,6 +85,6 @@ BENCH = Bench(
     better="lower",
     margin=0.01,
     tune={"apply.gamma": [0.0, 0.2, 0.5, 0.8]},
-    tune_baseline={"apply.scale": [0.4, 0.6, 0.8, 0.9]},
+    tune_baseline={"apply.scale": [0.6, 0.8, 0.9, 1.0]},
     scale="pass@k of Llama 3 and Qwen3, 0.6 B to 30 B parameters",
 )
