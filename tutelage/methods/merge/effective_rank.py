@@ -75,7 +75,7 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
 
 
 # How likely right answers are stands for pass@k, at which a model of this size has nothing to show. The rival reverts all
-# directions alike, and both may choose how far.
+# directions alike, and both may choose how far; at 1 it leaves the tuned model as it is.
 BENCH = Bench(
     base="recipes/bench/merge.yaml",
     arm={"start": ["one", "tuned"], "apply": {"use": "merge/effective_rank", "gamma": 0.2}},
