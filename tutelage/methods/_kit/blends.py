@@ -157,3 +157,17 @@ def _go_on(state: dict[str, Any], blend: Blend, optimizer: torch.optim.Optimizer
         blend.coefficients_NG.copy_(saved["coefficients"])
     optimizer.state[blend.coefficients_NG] = {slot: value.clone() for slot, value in saved["optimizer"].items()}
     return int(saved["step"])
+
+
+def fell(run: Any) -> dict[str, float]:
+    """By which share the loss of a fit fell from its first step to its last, how far the multiples of each task vector lie
+    apart at least, and what was measured of the merge in the end."""
+    losses = [row["loss"] for row in run.rows if row["kind"] == "train"]
+    values = next(row["values"] for row in reversed(run.rows) if row["kind"] == "eval")
+    bits = [value for key, value in values.items() if key.startswith("bits_per_byte/b")]
+    found: dict[str, list[float]] = {}
+    for key, value in values.items():
+        if key.startswith("coefficient/"):
+            found.setdefault(key.split("/")[1], []).append(value)
+    apart = min((max(of) - min(of) for of in found.values()), default=0.0)
+    return {"fell": 1 - losses[-1] / losses[0] if losses else 0.0, "apart": apart, "bits": sum(bits)}

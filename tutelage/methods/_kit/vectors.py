@@ -64,17 +64,3 @@ def moved(run: Any) -> dict[str, float]:
     still = sum(int((end[name] == start[name]).sum()) for name in names)
     square = sum(float((end[name].double() - start[name].double()).square().sum()) for name in names)
     return {"moved": square**0.5, "still": still / total}
-
-
-def fell(run: Any) -> dict[str, float]:
-    """By which share the loss of a fit fell from its first step to its last, how far the multiples of one task vector lie
-    apart, and what was measured of the merge in the end."""
-    losses = [row["loss"] for row in run.rows if row["kind"] == "train"]
-    values = next(row["values"] for row in reversed(run.rows) if row["kind"] == "eval")
-    bits = [value for key, value in values.items() if key.startswith("bits_per_byte/b")]
-    found: dict[str, list[float]] = {}
-    for key, value in values.items():
-        if key.startswith("coefficient/"):
-            found.setdefault(key.split("/")[1], []).append(value)
-    apart = max((max(of) - min(of) for of in found.values()), default=0.0)
-    return {"fell": 1 - losses[-1] / losses[0] if losses else 0.0, "apart": apart, "bits": sum(bits)}

@@ -34,8 +34,8 @@ from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
 from tutelage.core.out import Out
 from tutelage.core.types import IGNORE, Batch, Sum
-from tutelage.methods._kit.blends import TASKS, Blend, blended, learned
-from tutelage.methods._kit.vectors import deltas, fell, moved
+from tutelage.methods._kit.blends import TASKS, Blend, blended, fell, learned
+from tutelage.methods._kit.vectors import deltas, moved
 
 
 class Anisotropic(Method):

@@ -29,9 +29,9 @@ from tutelage.base.errors import UserError
 from tutelage.base.method import Bench, Method, Seen
 from tutelage.core.out import js
 from tutelage.core.types import IGNORE, Batch, Sum
-from tutelage.methods._kit.blends import TASKS, Blend, blended, learned
+from tutelage.methods._kit.blends import TASKS, Blend, blended, fell, learned
 from tutelage.methods._kit.blocks import BLOCK
-from tutelage.methods._kit.vectors import deltas, fell, moved
+from tutelage.methods._kit.vectors import deltas, moved
 
 ALL = "all"  # the one group of `level: task`
 
