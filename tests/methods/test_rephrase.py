@@ -114,6 +114,7 @@ def test_answers_are_asked_for_as_the_settings_say():
         ("My own rather free paraphrase of it:\nThe river rose.", "The river rose."),
         ("Rephrased paragraph: The river rose.", "The river rose."),
         ("Texts often rewritten: the letters of Paul.", "Texts often rewritten: the letters of Paul."),
+        ("Paul paraphrased: love is all.", "Paul paraphrased: love is all."),
         ("This is the question that it asks: why war?", "This is the question that it asks: why war?"),
         ("They rise: *Elbe* and **Oder**", "They rise: *Elbe* and **Oder**"),
     ],

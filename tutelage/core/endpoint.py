@@ -36,7 +36,7 @@ def connect(url: str) -> httpx.AsyncClient:
 
 def portal() -> AbstractContextManager[BlockingPortal]:
     """A way into a loop in a thread of its own: in the caller's one may run already, as in a notebook."""
-    from anyio.from_thread import start_blocking_portal  # httpx brings it
+    from anyio.from_thread import start_blocking_portal
 
     return start_blocking_portal()
 

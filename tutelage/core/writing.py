@@ -197,7 +197,7 @@ class Remote:
         """The first of those that are waited for; it stays among them until it is there."""
         about, answer = waiting[0][0], waiting[0][1].result()
         waiting.popleft()
-        self.told.more()
+        self.told.more(int(bool(answer.text)))  # one that was refused has none
         return about, answer
 
     async def _answer(self, client: Any, question: Question, how: dict[str, Any]) -> Answer:

@@ -318,7 +318,7 @@ class Tokens(dict[str, list[int]]):
         denoisers: Iterable[tuple[float, float]],
         *,
         method: str,
-        modes: Iterable[Sequence[int]] = (),
+        modes: Sequence[Sequence[int]] = (),
     ) -> Tensor:
         """The tokens that `pattern` names with 0, 1, …: as many as (mean, rate) may ask for here, and there are.
 

@@ -24,7 +24,7 @@ AROUND = [
     for pattern in (
         r"\A(?:sure|certainly|of course|okay|ok)\b[^\n]{0,160}?[:!.,]\s+(?=\n|here\b)",
         rf"\A\**(?:here(?:'s|’s| is| are)|below (?:is|are)|the following is)\b[^\n:]{{0,100}}?{TALK}[^\n:]{{0,80}}:\**",
-        rf"\A\**(?:[^\n:]{{0,40}}\b{TOLD}\b[^\n:]{{0,60}}:\**[ \t]*\n|(?:\w+ )?{TOLD}(?: {TALK}\w*)?:\**)",
+        rf"\A\**(?:[^\n:]{{0,40}}\b{TOLD}\b[^\n:]{{0,60}}:\**[ \t]*\n|(?:(?:the|my|a) )?{TOLD}(?: {TALK}\w*)?:\**)",
         r"\n(?:i hope (?:this|that)|let me know|please let me know|feel free to)\b[^\n]*\Z",
     )
 ]

@@ -74,8 +74,8 @@ class QualityNetwork(Method):
             )
         if min(sum(good), len(good) - sum(good)) < HALVES:
             raise UserError(
-                f"filter/quality_network: {sum(good)} documents are trusted and {len(good) - sum(good)} are not; to tell them "
-                f"apart takes {HALVES} of each at least: name sources of either kind under `data`"
+                f"filter/quality_network: too few documents (trusted: {sum(good)}, others: {len(good) - sum(good)}; to tell "
+                f"them apart takes {HALVES} of each at least): name sources of either kind under `data`"
             )
         scores = self._scores(parts, torch.tensor(good, dtype=torch.float32))
         count = max(1, round(self.keep * int(judged.sum())))
