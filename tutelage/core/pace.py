@@ -100,9 +100,9 @@ class Pace:
         acts = []
         if clock.total["step"] >= UNKNOWN:
             assert run.node.stage.until is not None
-            steps = max(clock.step + 1, round(run.node.stage.until.value * 60 / self.step_seconds))
-            share = world.agree(steps) / clock.total["step"]
-            acts.append({"do": "until", "total": {unit: value * share for unit, value in clock.total.items()}})
+            steps = world.agree(max(clock.step + 1, round(run.node.stage.until.value * 60 / self.step_seconds)))
+            before = clock.total["step"]  # divided by last, so that the number of steps stays a whole one
+            acts.append({"do": "until", "total": {unit: value * steps / before for unit, value in clock.total.items()}})
             take(run, acts[0])
         acts.append(world.agree(evals.thin(now=clock.step, step_seconds=self.step_seconds, total=clock.total["step"])))
         take(run, acts[-1])
