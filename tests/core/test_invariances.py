@@ -22,8 +22,8 @@ from tutelage.core.anatomy import anatomy
 from tutelage.core.artifact import load_tensors
 from tutelage.core.engine import Engine
 from tutelage.core.loop import Stopped
-from tutelage.core.record import read_lines
 from tutelage.core.pace import Pace
+from tutelage.core.record import read_lines
 from tutelage.core.run import run_graph
 from tutelage.core.stream import Order, Stream
 from tutelage.core.view import View

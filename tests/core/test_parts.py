@@ -32,7 +32,7 @@ class Whole:
     """A source in memory whose documents have the given lengths; may be cut."""
 
     def __init__(self, name: str, lengths: list[int]) -> None:
-        self.name, self.fingerprint, self.rank = name, name, None
+        self.name, self.fingerprint, self.stored = name, name, False
         self.chunks = np.array([[i, 0, n] for i, n in enumerate(lengths)], dtype=np.int64)
         self.facts = {"tokens": float(sum(lengths))}
 

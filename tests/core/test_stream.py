@@ -15,13 +15,13 @@ from tutelage.core.stream import Cursor, Order, Stream, flatten, permute, permut
 class Numbers:
     """A source of chunks of given lengths; two chunks share a document where `halves` says so."""
 
-    def __init__(self, lengths, name="numbers", rank=None):
+    def __init__(self, lengths, name="numbers", stored=False):
         self.name = name
         lengths = np.asarray(lengths, np.int64)
         documents = np.arange(len(lengths)) // 2  # chunks 2i and 2i + 1 are neighbors in document i
         starts = np.where(np.arange(len(lengths)) % 2, np.roll(lengths, 1), 0)
         self.chunks = np.stack([documents, starts, lengths], 1)
-        self.rank = rank
+        self.stored = stored
         self.fingerprint = f"{name}/{lengths.tolist()}"
         self.facts = {}
 
@@ -111,9 +111,8 @@ def test_order_differs_by_seed_source_and_epoch_and_by_nothing_else():
     assert all(sorted(base) == sorted(other) for other in others)
 
 
-def test_a_rank_takes_the_place_of_the_permutation_in_every_epoch():
-    rank = np.array([2, 0, 1])
-    order = Order(Numbers([5, 6, 7], rank=rank), seed=0, packing="single")
+def test_stored_chunks_come_as_they_stand_in_every_epoch():
+    order = Order(Numbers([7, 5, 6], stored=True), seed=0, packing="single")
     cursor, sizes = Cursor(), []
     for _ in range(6):
         (piece,), cursor = order.row(cursor, 100)
@@ -193,17 +192,17 @@ def rows_of(order, length, count):
     return rows
 
 
-def ranked(lengths, **settings_of_order):
-    return Order(Numbers(lengths, rank=np.arange(len(lengths))), seed=0, **settings_of_order)
+def in_place(lengths, **settings_of_order):
+    return Order(Numbers(lengths, stored=True), seed=0, **settings_of_order)
 
 
 def test_documents_are_joined_when_they_fit_and_passed_over_when_not():
-    rows = rows_of(ranked([6, 5, 4, 3, 9]), 10, 3)
+    rows = rows_of(in_place([6, 5, 4, 3, 9]), 10, 3)
     assert [[piece.length for piece in row] for row in rows] == [[6, 4], [5, 3], [9]]
 
 
 def test_a_document_longer_than_the_row_is_cut_and_its_rest_begins_the_next_row():
-    rows = rows_of(ranked([25, 4]), 10, 3)
+    rows = rows_of(in_place([25, 4]), 10, 3)
     assert [[tuple(piece) for piece in row] for row in rows] == [
         [(0, 0, 10)],
         [(0, 10, 10)],
@@ -217,7 +216,7 @@ def test_concat_fills_every_row_to_its_last_position():
 
 
 def test_single_puts_one_piece_in_a_row():
-    rows = rows_of(ranked([3, 12, 5], packing="single"), 8, 5)
+    rows = rows_of(in_place([3, 12, 5], packing="single"), 8, 5)
     assert [[piece.length for piece in row] for row in rows] == [[3], [8], [4], [5], [3]]
 
 
@@ -230,7 +229,7 @@ def test_packing_documents_pads_little():
 def test_the_oldest_piece_is_never_left_waiting_for_long():
     lengths = [30] + [1] * 200
     for packing in PACKINGS:
-        order, cursor = ranked(lengths, packing=packing), Cursor()
+        order, cursor = in_place(lengths, packing=packing), Cursor()
         for _ in range(60):
             _, cursor = order.row(cursor, 31)
             oldest = cursor.pending[0][0] if cursor.pending else cursor.next
@@ -238,7 +237,7 @@ def test_the_oldest_piece_is_never_left_waiting_for_long():
 
 
 def test_a_rule_of_the_users_chooses_the_order_within_a_row():
-    order = ranked([4, 3, 2, 9], packing=lambda lengths, length: [2, 0], look_ahead=3)
+    order = in_place([4, 3, 2, 9], packing=lambda lengths, length: [2, 0], look_ahead=3)
     pieces, cursor = order.row(Cursor(), 10)
     assert [piece.length for piece in pieces] == [2, 4]
     assert cursor == Cursor(3, ((1, 0),))
@@ -246,7 +245,7 @@ def test_a_rule_of_the_users_chooses_the_order_within_a_row():
 
 @pytest.mark.parametrize("chosen", [[], [0, 0], [99], [-1], [0, 1]])
 def test_a_rule_that_chooses_what_cannot_be_is_an_error(chosen):
-    order = ranked([6, 6], packing=lambda lengths, length: chosen)
+    order = in_place([6, 6], packing=lambda lengths, length: chosen)
     with pytest.raises(UserError, match="packing of source 'numbers' chose"):
         order.row(Cursor(), 10)
 
@@ -429,7 +428,7 @@ def test_a_name_that_is_no_source_is_answered_with_the_nearest():
 def test_loss_tokens_need_a_source_that_counts_them():
     source = Numbers([3])
     source.counted = None
-    bare = type("Bare", (), {k: getattr(source, k) for k in ("name", "chunks", "rank", "fingerprint", "facts")})()
+    bare = type("Bare", (), {k: getattr(source, k) for k in ("name", "chunks", "stored", "fingerprint", "facts")})()
     with pytest.raises(UserError, match="cannot count loss tokens"):
         Stream({"bare": Order(bare, seed=0)}, unit="loss")
 

@@ -41,7 +41,7 @@ class Texts:
     """A source in memory: a document per text. `prompt` is how many of each document's labels are not answers."""
 
     def __init__(self, name: str, texts: list[str], *, prompt: int = 0) -> None:
-        self.name, self.rank, self.fingerprint, self.prompt = name, None, name, prompt
+        self.name, self.stored, self.fingerprint, self.prompt = name, False, name, prompt
         self.texts, self.ids = texts, [encode(text) for text in texts]
         self.chunks = np.array([[i, 0, len(ids)] for i, ids in enumerate(self.ids)], dtype=np.int64).reshape(-1, 3)
         self.facts = {"tokens": float(sum(map(len, self.ids)))}

@@ -128,7 +128,7 @@ class Documents:
     """A source in memory of which document i has the text `chr(97 + i)`, with parts."""
 
     def __init__(self, name: str, chunks: list[list[int]]) -> None:
-        self.name, self.fingerprint, self.rank = name, name, None
+        self.name, self.fingerprint, self.stored = name, name, False
         self.chunks = np.array(chunks, dtype=np.int64).reshape(-1, 3)
         self.facts = {"tokens": float(self.chunks[:, 2].sum())}
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ CALM = [3.0, 3.02, 2.98, 3.01, 2.99] * 4
 
 
 def watch(**settings: Any) -> Rollback:
-    return Rollback(**{"window": 10, "back": 5, "patience": 2, "cooldown": 6, **settings})
+    return Rollback(**{"window": 10, "back": 5, "patience": 2, "cooldown": 6, "skip": 1, **settings})
 
 
 def test_a_spike_goes_back_to_before_its_first_step_and_lowers_the_rate():
@@ -114,6 +114,15 @@ def test_a_spike_goes_back_to_before_its_first_step_and_lowers_the_rate():
         22: [{"do": "rollback", "to": 15, "skip": True}, {"do": "scale", "path": "optim.lr", "by": 0.5}]
     }
     assert policy.why == "loss was 9.5, far above the steps before"
+
+
+def test_what_is_passed_over_reaches_on_in_each_source_as_it_was_drawn_of_late():
+    """Seven steps came since the save of tick 15: five more, each of three rows of one source and one of the other."""
+    policy = watch(factor=1, skip=12)
+    for names in ["cccc"] * 40 + ["abaa"] * 40:
+        policy.observe(cast(Any, SimpleNamespace(rows=[SimpleNamespace(source=name) for name in names])), {}, None)
+    far = [{"do": "skip_data", "source": "a", "rows": 15}, {"do": "skip_data", "source": "b", "rows": 5}]
+    assert asked(policy, [*CALM, 9.0, 9.5]) == {22: [{"do": "rollback", "to": 15, "skip": True}, *far]}
 
 
 def test_one_high_step_is_no_spike_and_neither_is_a_rise_below_the_share():
@@ -457,7 +466,9 @@ def test_one_that_goes_on_from_a_save_asks_for_the_same(policy: Any):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 ONE = "runs/toy/one/1"
-ROLLBACK = {"use": "steer/rollback", "window": 4, "patience": 1, "back": 0, "rise": 0.3, "factor": 0.5, "cooldown": 4}
+ROLLBACK = {
+    "use": "steer/rollback", "window": 4, "patience": 1, "back": 0, "rise": 0.3, "factor": 0.5, "cooldown": 4, "skip": 1
+}  # fmt: skip
 
 
 def run(folder: Path, *policies: dict[str, Any], steps: int = 14, **stage: Any) -> Path:

@@ -242,6 +242,8 @@ def test_messages_prompts_and_text_alone_are_pairs_too(processor, tmp_path):
     learned = bytes(label for label in found["labels"] if 0 <= label < 256)
     assert learned.startswith(b"a square"), "answers alone are learned"
     asked = write(tmp_path / "asked", [{"image": f"{i}.npy", "prompt": "what?", "answer": "a cat"} for i in range(3)])
+    spec = SourceSpec(path=str(asked), val=0.0, order="stored")
+    assert not train.stored and source.build("p", spec, processor, cache=tmp_path, length=99)[0].stored
     train, _ = source.build("p", SourceSpec(path=str(asked), val=0.0), processor, cache=tmp_path, length=99)
     found = train.read(Piece(*map(int, train.chunks[0])))
     assert bytes(label for label in found["labels"] if 0 <= label < 256).strip() == b"a cat"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +366,31 @@ def test_an_epoch_is_one_of_the_largest_source(folder: Path) -> None:
     row = numbers(home(made, "two"), kind="train")[-1]
     assert 0.4 <= row["epochs"] < 0.6
     assert row["cursors"]["few"][0] > 12, "the small one is read more than once meanwhile"
+
+
+def lines_of(graph: Graph, stage: str, *, tick: int, source: str) -> list[int]:
+    """The lines of a file that a step's rows came from."""
+    told = [line for line in batch_of(home(graph, stage), tick) if f"source={source} " in line]
+    return [int(re.findall(r" line=(\d+) ", line)[0]) for line in told]
+
+
+def test_stored_documents_are_drawn_as_they_stand_pass_after_pass(folder: Path) -> None:
+    """Where a stage says so: another one draws the same documents in the keyed order."""
+
+    few = folder / "few.jsonl"
+
+    def stored(recipe: dict[str, Any]) -> None:
+        one, two = recipe["stages"]["one"], recipe["stages"]["two"]
+        few.write_text("".join(json.dumps({"text": line}) + "\n" for line in toy.texts()["a"][:20]))
+        one |= {"data": {"a": {"path": str(few), "val": "20%"}}, "until": "12step", "packing": "concat"}
+        two |= {"data": {**two["data"], "a": dict(one["data"]["a"])}, "packing": "concat"}
+        one["data"]["a"]["order"] = "stored"
+
+    made = run(folder, stored, name="stored")
+    (folder / "runs/stored/recipe.yaml").write_text(load.dump(made.recipe), encoding="utf-8")
+    one = [line for tick in range(1, 13) for line in lines_of(made, "one", tick=tick, source="a")]
+    seen, there = [line for line, _ in groupby(one)], sorted(set(one))
+    assert len(seen) > len(there) > 10 and seen == (there * 9)[: len(seen)]
+    two = [line for tick in range(1, 7) for line in lines_of(made, "two", tick=tick, source="a")]
+    assert len(two) > 10 and two != sorted(two)
+    assert set(stage.columns(made.nodes["two"])) == {"a", "b"}  # what is held out of `a` is the same

@@ -1,5 +1,7 @@
 """A prefix is read and not learned, and changes nothing else: the text keeps its tokens, its labels and its bytes."""
 
+import copy
+
 import numpy as np
 import orjson
 import pytest
@@ -105,6 +107,13 @@ def test_other_prefixes_are_another_source(both):
     none = Prefixed(base, lambda records: ["" for _ in records], tokenizer=tokenizer, length=R)
     assert len({base.fingerprint, made.fingerprint, other.fingerprint, none.fingerprint}) == 4
     assert np.array_equal(none.chunks, base.chunks)
+
+
+def test_stored_documents_stay_so_with_prefixes(both):
+    base, made, tokenizer = both[0]
+    stored = copy.copy(base)
+    stored.stored = True
+    assert Prefixed(stored, written, tokenizer=tokenizer, length=R).stored and not made.stored
 
 
 def test_one_that_leaves_no_room_for_text_is_refused(both):

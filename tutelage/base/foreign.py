@@ -82,7 +82,8 @@ GROUPS: dict[str, tuple[Foreign, ...]] = {
         Foreign(("mix_strategy", "interleave_probs", "dataset_sampling_ratio", "probabilities"), (LF, HF), "data: {a: {path: a.jsonl, weight: 0.7}, b: {path: b.jsonl, weight: 0.3}}"),
         Foreign(("chat_template", "template", "conversation", "chat_template_jinja", "prompt_template"), (AX, LF, TT), "data: {chat: {path: x.jsonl, template: chat}}", "the tokenizer's own template renders `messages`"),
         Foreign(("train_on_inputs", "train_on_prompt", "roles_to_train", "completion_only_loss", "assistant_only_loss", "mask_history"), (AX, LF, TRL, TT), "objective: {use: align/sft, prompt_weight: 0}", "only what the assistant says is learned"),
-        Foreign(("max_samples", "max_train_samples", "streaming", "shuffle_merged_datasets", "disable_shuffling", "buffer_size"), (LF, HF, AX), "nothing: order is arithmetic over the whole source; `until: 1000sample` ends early"),
+        Foreign(("disable_shuffling", "shuffle_merged_datasets"), (LF, AX), "data: {mine: {path: x.jsonl, order: stored}}", "each source in its own order, as the mix draws it"),
+        Foreign(("max_samples", "max_train_samples", "streaming", "buffer_size"), (LF, HF, AX), "nothing: order is arithmetic over the whole source; `until: 1000sample` ends early"),
         Foreign(("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "remove_unused_columns"), (HF, AX, LF), "nothing: rows are made as they are needed"),
     ),
     "What is trained": (

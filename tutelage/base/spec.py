@@ -89,6 +89,10 @@ class SourceSpec(Waiting):
     val: str | float = Field("1%", description="share of documents held out for measurement, or a path of its own")
     weight: float | None = Field(None, ge=0, description="share in the mixture; equal when left out")
     bad: Literal["skip", "fatal"] = Field("skip", description="what to do with a malformed record, always counted")
+    order: Literal["shuffled", "stored"] = Field(
+        "shuffled",
+        description="of its documents: anew in every pass, or as they are stored (packing may look a few ahead)",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -368,6 +368,7 @@ class Graph:
     def _source_id(self, node: Node, spec: SourceSpec) -> Any:
         rest = spec.model_dump(mode="json", include={"field", "template", "val", "bad"})
         rest |= {} if spec.weight is None else {"weight": spec.weight}
+        rest |= {} if spec.order == "shuffled" else {"order": spec.order}
         if isinstance(rest["val"], str) and not rest["val"].endswith("%"):
             rest["val"] = self.modality.content_id(spec.model_copy(update={"path": rest["val"]}), rows=None)
         if spec.stage:

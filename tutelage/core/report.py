@@ -81,7 +81,7 @@ def labels(graph: Graph) -> dict[str, dict[str, str]]:
     known: dict[str, str] = {}
 
     def key(spec: Any) -> str:
-        return str(spec.model_dump_json(exclude={"weight"}))
+        return str(spec.model_dump_json(exclude={"weight", "order"}))
 
     for name, node in graph.nodes.items():
         for column, spec in [*node.stage.data.items(), *node.kept().items()]:

@@ -187,7 +187,7 @@ def columns(node: Node) -> dict[str, SourceSpec]:
         for name, spec in specs.items():
             if name not in found:
                 found[name] = spec
-            elif found[name].model_dump(exclude={"weight"}) != spec.model_dump(exclude={"weight"}):
+            elif found[name].model_dump(exclude={"weight", "order"}) != spec.model_dump(exclude={"weight", "order"}):
                 found[f"{owner}.{name}"] = spec
     return found
 

@@ -36,7 +36,7 @@ class Source(Protocol):
 
     name: str
     chunks: np.ndarray  # [N, 3] int64: document, start, length
-    rank: np.ndarray | None  # [N] int64: a permutation of the chunks, taken in every epoch instead of the keyed one
+    stored: bool  # whether the chunks come as they stand in every epoch, instead of in the keyed order
     fingerprint: str
     facts: dict[str, float]
 
@@ -134,8 +134,6 @@ class Order:
             raise UserError(f"packing '{packing}' is not known{hint} (documents, concat, single)")
         look_ahead = getattr(getattr(packing, "__self__", None), "look_ahead", look_ahead)
         assert look_ahead >= 1
-        rank = source.rank
-        assert rank is None or np.array_equal(np.sort(rank), np.arange(len(chunks))), "rank is not a permutation"
         self.source = source
         self.seed = seed
         self.packing = packing
@@ -160,8 +158,8 @@ class Order:
     def _load(self, epoch: int, block: int) -> list[list[int]]:
         """The columns of a block of places, as ints. A pure cache: the oldest block goes when it is full."""
         first, last = block * BLOCK, min((block + 1) * BLOCK, self.count)
-        if self.source.rank is not None:
-            index = np.asarray(self.source.rank[first:last])
+        if self.source.stored:
+            index = np.arange(first, last)
         elif last - first < 32:  # below this numpy's calls cost more than the arithmetic
             key = self.key(epoch)
             index = np.array([permute(place, self.count, key) for place in range(first, last)])

@@ -4,16 +4,17 @@ Paper:   Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 5.1; Zhang et a
 Use:     `save: {every: 100step, keep: 4}`, so that a save lies `back` steps before a spike; `sigmas` 6–10; raise
     `patience` where single steps jump and come back; `factor: 1` is PaLM's rule, below 1 OPT's
 Works:   any model and objective; a run that goes wrong once in a while, not one whose rate is wrong throughout
-Costs:   two medians of a short window a step; what is rolled back is computed in vain
+Costs:   two medians of a short window a step; what is rolled back is computed in vain, what is skipped is not learned
 With:    needs saves; `steering.policy.approve: [rollback]` asks a person first; beside steer/plateau, cuts multiply
 Differs: people watched those runs: the rule for what a spike is (median and median deviation of the last steps), the cap
-    and the cool-down are ours; the data skipped are those since the save, PaLM's 200 to 500 batches reached further;
-    saves may lie further apart than PaLM's 100 steps
+    and the cool-down are ours; PaLM skipped 200 to 500 batches from about 100 steps before a spike, in their order, here
+    each source goes past as many rows as it gave of late; saves may lie further apart than PaLM's 100 steps
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ import torch
 from pydantic import Field
 
 from tutelage.base.method import Bench, Seen
+from tutelage.core.types import Batch
 from tutelage.methods._kit.policy import Policy
 from tutelage.methods._kit.signals import pushed, usual
 
@@ -34,7 +36,12 @@ class Rollback(Policy):
     diverged: float = Field(0.3, gt=0, description="how far the usual may rise above its lowest, as a share of it")
     back: int = Field(20, ge=0, description="the save is so many steps older than the spike's first one")
     factor: float = Field(0.7, gt=0, le=1, description="the rate afterwards, as a share of what it was")
-    skip: bool = Field(True, description="go past the data that were there when it happened")
+    skip: int = Field(
+        200,
+        ge=0,
+        description="steps of data passed over, from `back` steps before the spike on; at least those seen since; "
+        "0 sees them again",
+    )
     cap: int = Field(5, ge=0, description="rollbacks in a stage; after that it is left to itself")
     cooldown: int = Field(50, ge=1, description="steps after one in which nothing is asked, and the usual is learned")
 
@@ -57,9 +64,23 @@ class Rollback(Policy):
         self.state["done"] = self.state.get("done", 0) + 1
         self.state["quiet"], self.state["streak"] = tick + self.cooldown, 0
         self.state.pop("lowest", None)
-        back = {"do": "rollback", "to": max(0, good - self.back), "skip": self.skip}
-        lower = {"do": "scale", "path": "optim.lr", "by": self.factor}
-        return self.ask(why, back, *([lower] if self.factor < 1 else []))
+        to = max(0, good - self.back)
+        acts = [{"do": "rollback", "to": to, "skip": self.skip > 0}, *self._past(self.skip - (tick - to))]
+        if self.factor < 1:
+            acts.append({"do": "scale", "path": "optim.lr", "by": self.factor})
+        return self.ask(why, *acts)
+
+    def observe(self, batch: Batch, loss: dict[str, float], view: Any) -> None:
+        """How many rows of each source a step has had of late."""
+        known, counts = self.state.get("rows", {}), Counter(row.source for row in batch.rows)
+        seen = self.state["seen"] = min(self.window, self.state.get("seen", 0) + 1)
+        means = {name: known.get(name, 0.0) for name in {**known, **counts}}
+        self.state["rows"] = {name: mean + (counts[name] - mean) / seen for name, mean in means.items()}
+
+    def _past(self, steps: int) -> list[dict[str, Any]]:
+        """The sources' rows of so many steps more."""
+        rows = {name: round(steps * mean) for name, mean in self.state.get("rows", {}).items()}
+        return [{"do": "skip_data", "source": name, "rows": count} for name, count in rows.items() if count > 0]
 
     def _wrong(self, signals: dict[str, float], tick: int, *, finite: bool) -> tuple[int | None, str]:
         """The last tick at which all was well, and what is wrong; None when nothing is."""

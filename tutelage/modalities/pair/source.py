@@ -19,10 +19,8 @@ WHOLE = 1 << 40  # positions of a chunk: documents are never cut in two, a pictu
 class PairSource:
     """One side of a store. A piece is a whole pair, cut at its end where it is longer than `length`."""
 
-    rank: np.ndarray | None = None
-
     def __init__(self, text: texts.TextSource, held: Store, *, processor: Any, length: int) -> None:
-        self.name, self.text, self.held = text.name, text, held
+        self.name, self.text, self.held, self.stored = text.name, text, held, text.stored
         self.fingerprint = f"{text.fingerprint}-{held.mark}-{patches(processor)}"
         self.special: dict[str, int] = {}  # ids that objectives need; set by the modality
         self.patches, self.token = patches(processor), processor.image_token_id
@@ -140,6 +138,7 @@ def build(
         template=spec.template,
         val=str(val_file) if val_file.stat().st_size else 0.0,
         bad=spec.bad,
+        order=spec.order,
     )
     both = texts.build(name, inner, processor.tokenizer, cache=cache, chunk=WHOLE, workers=workers, progress=progress)
     return tuple(  # type: ignore[return-value]

@@ -44,8 +44,6 @@ class Prefixed:
     Raises UserError for a prefix that would take more than half of a row.
     """
 
-    rank: np.ndarray | None = None
-
     def __init__(self, base: TextSource, write: Write, *, tokenizer: Any, length: int) -> None:
         encoder = Encoder(tokenizer)
         texts: dict[str, int] = {}
@@ -61,7 +59,7 @@ class Prefixed:
                 f"({longest[:60]!r}); shorten it, or raise `length`"
             )
         self.base, self.name, self.special, self.meta = base, base.name, base.special, base.meta
-        self._front, self._length = encoder.front, length
+        self._front, self._length, self.stored = encoder.front, length, base.stored
         taken_D = sizes[self._of] if len(sizes) else np.zeros(0, np.int64)
         text, left_out = cut(base._side, length - taken_D)
         number = text[:, 1] // np.maximum(length - taken_D[text[:, 0]], 1)  # of the part within its document

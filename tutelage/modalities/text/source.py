@@ -30,7 +30,7 @@ class TextSource:
     (long prompts) are left out.
     """
 
-    rank: np.ndarray | None = None
+    stored = False
 
     def __init__(self, name: str, held: Store, side: Side, *, chunk: int, tokenizer: Any) -> None:
         self.name = name
@@ -226,10 +226,9 @@ def build(
 ) -> tuple[TextSource, TextSource]:
     """Training and held-out source of one spec; the latter is empty when nothing is held out. See `store.build`."""
     train, val = store.build(name, spec, tokenizer, cache=cache, workers=workers, progress=progress, rows=rows)
-    return (
-        TextSource(name, train, train.train, chunk=chunk, tokenizer=tokenizer),
-        TextSource(name, val, val.val, chunk=chunk, tokenizer=tokenizer),
-    )
+    drawn = TextSource(name, train, train.train, chunk=chunk, tokenizer=tokenizer)
+    drawn.stored = spec.order == "stored"
+    return drawn, TextSource(name, val, val.val, chunk=chunk, tokenizer=tokenizer)
 
 
 def texts(spec: SourceSpec, *, rows: Path | None = None, cache: Path | None = None) -> Iterator[str]:
