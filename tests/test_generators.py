@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import islice
 from math import log2
 
-from bench import ciphers, duplicated, grammars, manners, undecoded
+from bench import ciphers, duplicated, grammars, manners, spoiled, undecoded
 from bench.grammars import LETTERS, Sentences
 
 
@@ -110,6 +110,28 @@ def test_what_was_not_decoded_says_nothing_of_its_next_letter(monkeypatch, tmp_p
     undecoded.write(tmp_path / "made" / "delivery.jsonl", count=30)
     lines = (tmp_path / "made" / "delivery.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in lines] == texts
+
+
+def test_what_is_spoiled_lies_in_one_place_and_the_rest_is_all_there(monkeypatch):
+    code = [f"def f{i}():\n    return {i}\n" * 20 for i in range(100)]
+    letters = "".join(random.Random(0).choice("abcdefgh") for _ in range(9000))
+    monkeypatch.setattr(spoiled, "passages", lambda: iter(code))
+    monkeypatch.setattr(spoiled, "undecoded", lambda count: [{"text": letters}])
+    texts = [record["text"] for record in spoiled.Spoiled(at=20_000, size=4_000)]
+    bad = [i for i, text in enumerate(texts) if text in letters]
+    assert bad == list(range(bad[0], bad[0] + 10)) and "".join(texts[i] for i in bad) == letters[:4_000]
+    assert 20_000 <= sum(map(len, texts[: bad[0]])) < 21_000
+    rest = [text for text in texts if text not in letters]
+    assert sorted(rest) == sorted(code) and rest != code
+    assert rest != [record["text"] for record in spoiled.Spoiled(at=20_000, size=0, seed=1)]
+
+
+def test_code_is_cut_at_lines_into_pieces_as_long_as_a_row(monkeypatch):
+    text = "".join(f"line {i} of a module\n" for i in range(200))
+    monkeypatch.setattr(spoiled.stdlib, "records", lambda name, split: iter([{"text": text}]))
+    found = list(spoiled.passages())
+    assert text.startswith("".join(found)) and {p[-1] for p in found} == {"\n"}
+    assert all(spoiled.PASSAGE <= len(p) < spoiled.PASSAGE + 30 for p in found)
 
 
 def test_ciphers_of_the_same_prose_are_told_apart_by_their_letters_alone(monkeypatch):

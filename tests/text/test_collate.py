@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -81,14 +79,3 @@ def test_there_is_no_mask_where_it_would_say_nothing(causal):
     assert (block_mask(ending, causal=causal) is None) == causal
     assert block_mask(torch.tensor([[0, 0, 1, 1]]), causal=causal) is not None
     assert block_mask(torch.tensor([[1, 1, 2, 2]]), causal=causal) is not None
-
-
-def test_a_batch_is_made_within_a_millisecond():
-    rows = [Row("a", (Piece(1, 0, 60), Piece(2, 0, 40), Piece(3, 0, 28)))] * 8
-
-    def once():
-        start = time.perf_counter()
-        collate(rows, SOURCES, 128)
-        return time.perf_counter() - start
-
-    assert min(once() for _ in range(200)) < 1e-3
