@@ -183,6 +183,7 @@ def entry(name: str, differences: list[float], **more: Any) -> dict[str, Any]:
         "values": sides,
         "differences": differences,
         "difference": {key: getattr(found, key) for key in ("mean", "low", "high", "p")},
+        "tuning": {side: {"setting": {}, "tried": []} for side in sides},
         "cost": {"ratio": {"flops": 1.25, "seconds": 2.0}},
         "scale": {"parameters": 1_100_000, "tokens": 1_200_000, "paper": "7 B"},
         **more,
@@ -225,8 +226,25 @@ def test_the_table_shows_scale_interval_and_cost(tmp_path: Path) -> None:
     line = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
     for part in ("effect seen", "-0.5040 [", "1.25× FLOPs", "2.00× time", "1.10 M", "1.20 M", "| 5 |", "7 B"):
         assert part in line
-    width = text.splitlines()[-1].count("|")
-    assert all(row.count("|") == width for row in text.splitlines() if row.startswith("|"))
+    table = [row for row in text.splitlines() if row.startswith("|")]
+    assert len({row.count("|") for row in table}) == 1 and len(table) == len(CLAIMING) + 2
+
+
+def test_what_was_best_at_the_end_of_a_grid_is_told_under_the_table(tmp_path: Path) -> None:
+    name, other = CLAIMING[:2]
+    grid: list[dict[str, Any]] = [
+        {"lr": lr, "times": [k], "kind": kind} for lr in (1, 0.1, 3) for k in (1, 2) for kind in "ab"
+    ]
+
+    def tuned(arm: int, baseline: int) -> dict[str, Any]:
+        tried = [{"setting": setting, "value": 1.0} for setting in grid]
+        return {side: {"setting": grid[i], "tried": tried} for side, i in (("arm", arm), ("baseline", baseline))}
+
+    claims.append(entry(other, [0.1, 0.2], tuning=tuned(0, 1)), results=tmp_path)
+    assert "end of a grid" not in claims.index_text(tmp_path)
+    claims.append(entry(name, [0.1, 0.2], tuning=tuned(4, 8)), results=tmp_path)
+    told = claims.index_text(tmp_path).splitlines()[-1]
+    assert told == f"- `{name}`: arm's `lr` 0.1, the smallest of 3; baseline's `lr` 3, the largest of 3"
 
 
 @pytest.mark.parametrize(

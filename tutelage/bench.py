@@ -381,6 +381,8 @@ def bench_command(
             console.print(f"{name}: {error}", style="red", markup=False)
             continue
         console.print(f"{name}: {stats.shown(stats.paired(entry['differences']), digits=4)}", markup=False)
+        for told in claims.ends(entry):
+            console.print(f"{name}: {told}, was best; a wider grid might say otherwise", style="yellow", markup=False)
         claims.write_index()
     claims.write_index()
     console.print(f"Table: {claims.INDEX}", soft_wrap=True)

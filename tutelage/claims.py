@@ -150,8 +150,29 @@ at another hour. The scale is small: read a row as what was seen at that scale.
 """
 
 
+ENDS = """
+## Best at the end of a grid
+The tuned value was the smallest or largest tried, so that a wider grid might say otherwise.
+"""
+
+
 def index_text(results: Path = RESULTS) -> str:
-    return HEAD + "".join(_line(name, *found) for name, found in standing(results).items())
+    found = standing(results)
+    ended = [f"- `{name}`: {'; '.join(ends(entry))}\n" for name, (_, entry) in found.items() if entry and ends(entry)]
+    return HEAD + "".join(_line(name, *one) for name, one in found.items()) + (ENDS + "".join(ended) if ended else "")
+
+
+def ends(entry: dict[str, Any]) -> list[str]:
+    """Which of the tuned numbers were best at an end of what was tried."""
+    found = []
+    for side in ("arm", "baseline"):
+        for key, value in entry["tuning"][side]["setting"].items():
+            tried = [row["setting"][key] for row in entry["tuning"][side]["tried"]]
+            grid = sorted(set(tried)) if all(type(one) in (int, float) for one in tried) else []
+            if len(grid) > 1 and value in (grid[0], grid[-1]):
+                which = "smallest" if value == grid[0] else "largest"
+                found.append(f"{side}'s `{key}` {value:g}, the {which} of {len(grid)}")
+    return found
 
 
 def _line(name: str, status: str, entry: dict[str, Any] | None) -> str:
