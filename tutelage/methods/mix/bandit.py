@@ -155,7 +155,7 @@ BENCH = Bench(
     metric="bits_per_byte",
     better="lower",
     margin=0.02,
-    tune={"mix.temperature": [0.1, 0.3, 1.0], "optim.lr": [5e-4, 1e-3]},
+    tune={"mix.temperature": [0.1, 0.3, 1.0], "optim.lr": [2.5e-4, 5e-4]},
     tune_baseline={"optim.lr": [1.25e-4, 2.5e-4, 5e-4, 7e-4, 1e-3, 2e-3]},
     scale="7 B parameters, GRPO on puzzles of 12 difficulties; here supervised, by change of loss in place of advantage",
 )

@@ -139,7 +139,7 @@ BENCH = Bench(
     metric="bits_per_byte",
     better="lower",
     margin=0.02,
-    tune={"mix.eta": [0.5, 2.0, 8.0], "optim.lr": [5e-4, 1e-3]},
+    tune={"mix.eta": [0.5, 2.0, 8.0], "optim.lr": [2.5e-4, 5e-4]},
     tune_baseline={"optim.lr": [1.25e-4, 2.5e-4, 5e-4, 7e-4, 1e-3, 2e-3]},
     scale="125 M to 3 B parameters; LEGO in 5 skills, 6,000 steps; what it takes to learn the graph is not counted",
 )
