@@ -119,9 +119,11 @@ def test_a_spike_goes_back_to_before_its_first_step_and_lowers_the_rate():
 def test_what_is_passed_over_reaches_on_in_each_source_as_it_was_drawn_of_late():
     """Seven steps came since the save of tick 15: five more, each of three rows of one source and one of the other."""
     policy = watch(factor=1, skip=12)
-    for names in ["cccc"] * 40 + ["abaa"] * 40:
+    for names in ["cccc"] * 40 + [["a", "one/b", "a", "a"]] * 40:
         policy.observe(cast(Any, SimpleNamespace(rows=[SimpleNamespace(source=name) for name in names])), {}, None)
-    far = [{"do": "skip_data", "source": "a", "rows": 15}, {"do": "skip_data", "source": "b", "rows": 5}]
+    far = [{"do": "skip_data", "source": "a", "rows": 15}, {"do": "skip_data", "source": "one/b", "rows": 5}]
+    tensors, plain = flatten(policy.state)
+    policy.state = unflatten({**tensors, **plain})  # as after a cut
     assert asked(policy, [*CALM, 9.0, 9.5]) == {22: [{"do": "rollback", "to": 15, "skip": True}, *far]}
 
 

@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
+from urllib.parse import quote, unquote  # a replayed source is called `stage/name`, and a key of a state holds no `/`
 
 import torch
 from pydantic import Field
@@ -72,14 +73,14 @@ class Rollback(Policy):
 
     def observe(self, batch: Batch, loss: dict[str, float], view: Any) -> None:
         """How many rows of each source a step has had of late."""
-        known, counts = self.state.get("rows", {}), Counter(row.source for row in batch.rows)
+        known, counts = self.state.get("rows", {}), Counter(quote(row.source, safe="") for row in batch.rows)
         seen = self.state["seen"] = min(self.window, self.state.get("seen", 0) + 1)
         means = {name: known.get(name, 0.0) for name in {**known, **counts}}
         self.state["rows"] = {name: mean + (counts[name] - mean) / seen for name, mean in means.items()}
 
     def _past(self, steps: int) -> list[dict[str, Any]]:
         """The sources' rows of so many steps more."""
-        rows = {name: round(steps * mean) for name, mean in self.state.get("rows", {}).items()}
+        rows = {unquote(name): round(steps * mean) for name, mean in sorted(self.state.get("rows", {}).items())}
         return [{"do": "skip_data", "source": name, "rows": count} for name, count in rows.items() if count > 0]
 
     def _wrong(self, signals: dict[str, float], tick: int, *, finite: bool) -> tuple[int | None, str]:
