@@ -123,7 +123,7 @@ def test_what_is_passed_over_reaches_on_in_each_source_as_it_was_drawn_of_late()
         policy.observe(cast(Any, SimpleNamespace(rows=[SimpleNamespace(source=name) for name in names])), {}, None)
     far = [{"do": "skip_data", "source": "a", "rows": 15}, {"do": "skip_data", "source": "one/b", "rows": 5}]
     tensors, plain = flatten(policy.state)
-    policy.state = unflatten({**tensors, **plain})  # as after a cut
+    policy.state.update(unflatten({**tensors, **plain}))  # as after a cut
     assert asked(policy, [*CALM, 9.0, 9.5]) == {22: [{"do": "rollback", "to": 15, "skip": True}, *far]}
 
 
