@@ -66,7 +66,7 @@ def test_what_is_found_is_as_near_to_both_models_as_the_best_equal_coefficients(
     best = by_hand(kind, folders, found)
     assert best < 1.005 * min(grid.values()), (found, best, grid)  # how much nearer depends on the models
     assert steps[0]["loss"] == pytest.approx(by_hand(kind, folders, [0.5, 0.5]), rel=1e-4)
-    assert min(found) > 0.55, found  # both have moved from where they began
+    assert max(found) > 0.7, found  # from 0.5, where both begin
 
 
 def test_a_coefficient_for_each_layer_comes_nearer_still(kind: str, folders: list[Path]) -> None:
