@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tutelage import bench, claims, modalities
+from tutelage import arms, bench, claims, modalities
 from tutelage.base import load, registry
 from tutelage.base.errors import UserError
 from tutelage.base.method import Bench
@@ -45,14 +46,14 @@ def small(folder: Path, **more: Any) -> Bench:
 
 @pytest.mark.parametrize("name", CLAIMING)
 def test_every_bench_makes_a_recipe_that_resolves(name: str, tmp_path: Path) -> None:
-    plan = bench.Plan.of(name)
+    plan = arms.Plan.of(name)
     stages: dict[str, Any] = {}
-    for side in bench.SIDES:
+    for side in arms.SIDES:
         for i, setting in enumerate(plan.grid(side)):
-            bench.add(stages, plan, side, setting, seed=1, label=f"t{i}")
+            arms.add(stages, plan, side, setting, seed=1, label=f"t{i}")
     recipe = load.load({"stages": stages})
     graph = Graph.resolve(recipe, name="bench", modality=modalities.find("text"), runs=tmp_path)
-    tested = [node for node in graph.nodes.values() if bench.is_trial(node.name)]
+    tested = [node for node in graph.nodes.values() if arms.is_trial(node.name)]
     assert {node.root for node in tested} == {plan.stage}, "arm and baseline draw the same numbers"
     assert plan.bench.margin > 0 and plan.bench.metric and plan.bench.scale
     assert len({node.stage.length for node in tested}) == 1
@@ -64,7 +65,7 @@ def test_every_bench_makes_a_recipe_that_resolves(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", CLAIMING)
 def test_arm_and_baseline_are_tuned_with_equally_many_trials(name: str) -> None:
-    plan = bench.Plan.of(name)
+    plan = arms.Plan.of(name)
     assert len(plan.grid("arm")) == len(plan.grid("baseline"))
     if plan.bench.metric.startswith("forgetting") and plan.bench.tune:
         assert plan.bench.tune_by, "tuned for forgetting alone, the best rate is one that learns nothing"
@@ -76,7 +77,7 @@ def test_arm_and_baseline_are_tuned_with_equally_many_trials(name: str) -> None:
 def test_a_change_is_merged_but_a_method_is_replaced_whole() -> None:
     stage = {"optim": {"use": "optim/adamw", "lr": 1}, "data": {"b": "x"}, "evals": {"every": "none", "final": 8}}
     change = {"optim": {"use": "optim/muon"}, "data": {"a": "y"}, "evals": {"final": 4}}
-    found = bench.merged(stage, change)
+    found = arms.merged(stage, change)
     assert found["optim"] == {"use": "optim/muon"}
     assert found["data"] == {"b": "x", "a": "y"}
     assert found["evals"] == {"every": "none", "final": 4}
@@ -84,12 +85,12 @@ def test_a_change_is_merged_but_a_method_is_replaced_whole() -> None:
 
 
 def test_trials_of_a_seed_share_what_they_start_from(tmp_path: Path) -> None:
-    plan = bench.Plan.of("continual/replay", small(tmp_path))
+    plan = arms.Plan.of("continual/replay", small(tmp_path))
     stages: dict[str, Any] = {}
     names = [
-        bench.add(stages, plan, side, {"optim.lr": 0.5}, seed=seed, label=f"s{seed}")
+        arms.add(stages, plan, side, {"optim.lr": 0.5}, seed=seed, label=f"s{seed}")
         for seed in (1, 2)
-        for side in bench.SIDES
+        for side in arms.SIDES
     ]
     assert list(stages) == ["one--s1", *names[:2], "one--s2", *names[2:]]
     assert stages["two--arm-s2"]["start"] == "one--s2"
@@ -100,11 +101,11 @@ def test_trials_of_a_seed_share_what_they_start_from(tmp_path: Path) -> None:
 
 def test_a_metric_without_a_column_is_the_mean_over_columns() -> None:
     values = {"bits_per_byte/a": 1.0, "bits_per_byte/b": 3.0, "forgetting/a": 9.0}
-    assert bench.read(values, "bits_per_byte") == 2.0
-    assert bench.read(values, "forgetting/a") == 9.0
-    assert bench.read({**values, "bits_per_byte/c": 5.0}, "bits_per_byte/a,c") == 3.0
+    assert arms.read(values, "bits_per_byte") == 2.0
+    assert arms.read(values, "forgetting/a") == 9.0
+    assert arms.read({**values, "bits_per_byte/c": 5.0}, "bits_per_byte/a,c") == 3.0
     with pytest.raises(UserError, match="'accuracy' was not measured"):
-        bench.read(values, "accuracy")
+        arms.read(values, "accuracy")
 
 
 # -- a bench, small ---------------------------------------------------------------------------------------------------
@@ -115,9 +116,9 @@ def test_a_bench_tunes_both_sides_and_measures_pairs(tmp_path: Path, monkeypatch
     led = rows.row(512).model_copy(update={"covered_by": ("continual/replay",)})
     monkeypatch.setattr(rows, "rows", lambda: (led,))
     results, runs = tmp_path / "results", tmp_path / "runs"
-    entry = bench.run_bench("continual/replay", seeds=2, runs=runs, results=results, bench=made, jobs=2)
+    entry = bench.run_bench("continual/replay", seeds=2, runs=runs, results=results, bench=made, trials=2, jobs=2)
     assert entry["tuning"]["trials"] == 2
-    for side in bench.SIDES:
+    for side in arms.SIDES:
         tried = entry["tuning"][side]["tried"]
         assert len(tried) == 2
         best = min(tried, key=lambda row: row["value"])
@@ -137,21 +138,110 @@ def test_a_bench_tunes_both_sides_and_measures_pairs(tmp_path: Path, monkeypatch
 
     path = results / "continual-replay.json"
     before = path.read_text(encoding="utf-8")
-    again = bench.run_bench("continual/replay", seeds=2, runs=runs, results=results, bench=made, jobs=2)
+    again = bench.run_bench("continual/replay", seeds=2, runs=runs, results=results, bench=made, trials=2, jobs=2)
     assert again == entry and path.read_text(encoding="utf-8") == before, "what was measured is not measured again"
 
 
 def test_a_trial_that_diverges_is_the_worst_and_no_more(tmp_path: Path) -> None:
     made = small(tmp_path, arm={}, tune={"optim.lr": [1e-2, 1e30]}, better="higher")
-    plan = bench.Plan.of("continual/replay", made)
+    plan = arms.Plan.of("continual/replay", made)
     found = bench.tuned(plan, trials=2, runs=tmp_path / "runs", jobs=2)
     assert found["arm"]["setting"] == {"optim.lr": 1e-2}
     assert found["arm"]["tried"][1]["value"] is None and "not a number" in found["arm"]["tried"][1]["failed"]
     assert len([row for row in found["baseline"]["tried"] if row["value"] is not None]) == 2
 
 
+@pytest.mark.parametrize(
+    ("grid", "last", "value"),
+    [
+        ([1e-3, 3e-3, 1e-2], True, 3e-2),
+        ([1e-3, 3e-3, 1e-2], False, 3e-4),
+        ([0.25, 0.5], True, 1.0),
+        ([0.2, 0.4, 0.6, 0.8], True, 1.0),
+        ([0.2, 0.4, 0.6, 0.8], False, 0.1),
+        ([0.0, 0.1], False, -0.1),
+        ([0.9, 0.98], False, 0.8),
+        ([0.5, 0.52], True, 0.52 * 0.52 / 0.5),
+        ([32, 64], True, 128),
+        ([10, 20, 30], True, 40),
+        ([1, 2], False, 0),
+    ],
+)
+def test_a_grid_goes_on_in_its_own_progression(grid: list[float], last: bool, value: float) -> None:
+    found = bench.next_after(grid, last=last)
+    assert found == pytest.approx(value) and type(found) is type(grid[0])
+
+
+def answered(
+    arm: Callable[[dict[str, float]], float], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[dict[str, Any]]]:
+    """Trials are answered at once, the baseline's the better the smaller its rate; returns those that were made."""
+    tried: dict[str, list[dict[str, Any]]] = {"arm": [], "baseline": []}
+
+    def attempted(plan: Any, wanted: Any, **_: Any) -> dict[str, list[dict[str, Any]]]:
+        value = {"arm": arm, "baseline": lambda setting: setting["optim.lr"]}
+        made = {side: [{"setting": s, "value": value[side](s)} for s in settings] for side, settings in wanted.items()}
+        for side, done in made.items():
+            tried[side] += done
+        return made
+
+    monkeypatch.setattr(bench, "attempted", attempted)
+    return tried
+
+
+def test_a_tuning_goes_on_beyond_an_end_that_is_best_and_no_further_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = arms.Plan.of("continual/replay", small(tmp_path))
+    tried = answered(lambda setting: abs(setting["optim.lr"] - 0.05), monkeypatch)
+    found = bench.tuned(plan, trials=None, runs=tmp_path, jobs=0)
+    rates = {side: [row["setting"]["optim.lr"] for row in tried[side]] for side in tried}
+    assert rates["arm"] == [1e-3, 1e-2, 0.1], "0.01 is still the nearest, and no end any more"
+    assert rates["baseline"] == pytest.approx([1e-3, 1e-2, 1e-4, 1e-5, 1e-6])
+    assert found["arm"]["setting"] == {"optim.lr": 1e-2} and found["baseline"]["setting"]["optim.lr"] == 1e-6
+    assert not claims.edges(found["arm"]) and claims.edges(found["baseline"])
+    assert (found["trials"], found["further"]) == (2, bench.FURTHER)
+
+    for side in tried:
+        tried[side].clear()
+    again = bench.tuned(plan, trials=None, runs=tmp_path, jobs=0, past=found)
+    assert tried["arm"] == [] and len(tried["baseline"]) == bench.FURTHER, "what was tried is not tried again"
+    assert again["arm"] == found["arm"]
+
+
+def test_a_value_beyond_that_its_method_refuses_is_written_down_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = {"methods.0.rate": [0.5, 0.9]}
+    plan = arms.Plan.of("continual/replay", small(tmp_path, tune=grid, tune_baseline={"optim.lr": [1e-3, 1e-2]}))
+    tried = answered(lambda setting: -setting["methods.0.rate"], monkeypatch)
+    found = bench.tuned(plan, trials=None, runs=tmp_path, jobs=0)
+    assert [row["setting"]["methods.0.rate"] for row in tried["arm"]] == [0.5, 0.9], "2 was not even begun"
+    last = found["arm"]["tried"][-1]
+    assert last["setting"] == {"methods.0.rate": 2.0} and last["value"] is None and "rate" in last["failed"]
+    assert not claims.edges(found["arm"]), "there is nothing beyond 0.9 that may be asked for"
+
+
+def test_a_measured_bench_whose_tuning_had_not_gone_on_does_so_and_keeps_what_stays_the_best(
+    tmp_path: Path,
+) -> None:
+    made = small(tmp_path)
+    results, runs = tmp_path / "results", tmp_path / "runs"
+    first = bench.run_bench("continual/replay", seeds=2, runs=runs, results=results, bench=made, trials=2, jobs=2)
+    assert claims.ends(first), "two rates: one of them is best, an end each"
+    second = bench.run_bench("continual/replay", seeds=2, runs=runs, results=results, bench=made, jobs=2)
+    for side in arms.SIDES:
+        assert second["tuning"][side]["tried"][:2] == first["tuning"][side]["tried"]
+        assert len(second["tuning"][side]["tried"]) > 2
+    same = all(second["tuning"][side]["setting"] == first["tuning"][side]["setting"] for side in arms.SIDES)
+    assert (second.get("measured") == first["date"]) is same and (second["values"] == first["values"]) is same
+    assert claims.counted("continual/replay", now=first["version"], results=results) == second
+    third = bench.run_bench("continual/replay", seeds=2, runs=runs, results=results, bench=made, jobs=2)
+    assert third == second and len(claims.entries("continual/replay", results=results)) == 2
+
+
 def test_one_side_without_a_grid_leaves_both_untuned(tmp_path: Path) -> None:
-    plan = bench.Plan.of("continual/replay", small(tmp_path, tune={}))
+    plan = arms.Plan.of("continual/replay", small(tmp_path, tune={}))
     found = bench.tuned(plan, trials=None, runs=tmp_path / "runs", jobs=0)
     assert found["trials"] == 1 and found["arm"]["setting"] == found["baseline"]["setting"] == {}
 

@@ -2,272 +2,136 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import shutil
-import time
 from collections.abc import Mapping
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
-from itertools import product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from tutelage import claims, modalities
-from tutelage.base import card, load, registry
+from tutelage import claims
+from tutelage.arms import SIDES, Plan, Setting, Trials, add, console, read
+from tutelage.base import card, registry
 from tutelage.base.errors import UserError
-from tutelage.base.links import references, stage_of, visit
-from tutelage.base.marked import parse, plain
 from tutelage.base.method import Bench
 from tutelage.catalog import rows
-from tutelage.claims import index_text, verdicts
 from tutelage.core import ledger, stats
-from tutelage.core.graph import Graph
-from tutelage.core.record import newest_line, write_whole
-from tutelage.core.run import run_graph
-from tutelage.core.words import finite
-
-__all__ = ["bench_command", "index_text", "run_bench", "verdicts"]
 
 TUNING_SEED = 100
-SIDES = ("arm", "baseline")
-MEASURED_AS = ("length", "evals", "precision")  # what a stage that the base lacks takes over from the base's last
+FURTHER = 3  # values beyond an end of a grid, one after the other
 VERSIONS = ("tutelage", "torch", "transformers", "numpy")
-console = Console(highlight=False, markup=False)
-
-Setting = dict[str, Any]  # dotted key of the stage -> value tried
 
 
-# -- recipes ----------------------------------------------------------------------------------------------------------
+# -- tuning -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Plan:
-    """A bench with its base recipe, from which the stages of any trial are made."""
+def tuned(
+    plan: Plan, *, trials: int | None, runs: Path, jobs: int | None, past: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The best setting of each side on a seed of its own; untuned if one side has nothing to tune.
 
-    name: str
-    bench: Bench
-    base: dict[str, Any]
-
-    @staticmethod
-    def of(name: str, bench: Bench | None = None) -> Plan:
-        bench = bench or registry.module_of(name).BENCH
-        if bench is None:
-            raise UserError(f"{name} has no bench: BENCH is None in its file")
-        path = Path(bench.base) if Path(bench.base).exists() else claims.ROOT / bench.base
-        if not path.exists():
-            raise UserError(f"{name}: its base recipe {bench.base} is not here; run from the repository's root")
-        return Plan(name, bench, plain(parse(path.read_text(encoding="utf-8"), file=str(path))))
-
-    @property
-    def stage(self) -> str:
-        return self.bench.stage or list(self.base["stages"])[-1]
-
-    def changed(self, side: str, setting: Setting) -> dict[str, Any]:
-        """The stage of one side, its setting put in."""
-        stages = self.base["stages"]
-        last = list(stages.values())[-1]
-        stage = stages.get(self.stage, {key: last[key] for key in MEASURED_AS if key in last})
-        stage = merged(stage, self.bench.arm if side == "arm" else self.bench.baseline)
-        for key, value in setting.items():
-            put(stage, key, value)
-        return stage
-
-    def grid(self, side: str) -> list[Setting]:
-        tune = self.bench.tune if side == "arm" else self.bench.tune_baseline
-        return [dict(zip(tune, values, strict=True)) for values in product(*tune.values())] if tune else [{}]
-
-
-def merged(stage: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings key by key; a method's entry, a start and everything else replace what was there."""
-    out = deepcopy(dict(stage))
-    for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        entry = key == "start" or (both and "use" in value)
-        out[key] = merged(out[key], value) if both and not entry else deepcopy(value)
-    return out
-
-
-def put(stage: Any, dotted: str, value: Any) -> None:
-    """Set `optim.lr` or `methods.0.strength`."""
-    *parents, last = dotted.split(".")
-    for part in parents:
-        stage = stage[int(part)] if isinstance(stage, list) else stage.setdefault(part, {})
-    stage[int(last) if isinstance(stage, list) else last] = value
-
-
-def add(stages: dict[str, Any], plan: Plan, side: str, setting: Setting, *, seed: int, label: str) -> str:
-    """Add one trial and the stages it needs, which trials of the same seed share; returns the trial's stage.
-
-    What comes after `--` in a name is no part of a stage's randomness, so that arm and baseline are paired.
+    Both try equally many points of their grids. A side whose best number then lies at an end of what it tried goes on
+    beyond that end, `FURTHER` times at most. past: a tuning of this very bench that had not gone on.
     """
-    base = plan.base["stages"]
-    name = f"{plan.stage}--{side}-{label}"
-
-    def settle(called: str, stage: dict[str, Any]) -> None:
-        for need in references(stage, among=base):
-            if f"{need}--s{seed}" not in stages:
-                settle(f"{need}--s{seed}", deepcopy(base[need]))
-
-        def renamed(reference: str, path: Any) -> str:
-            old = stage_of(reference)
-            return f"{old}--s{seed}{reference[len(old) :]}" if old in base else reference
-
-        visit(stage, renamed)
-        stages[called] = {"save": {"every": "10min", "keep": 1}, **stage, "seed": seed}
-
-    settle(name, plan.changed(side, setting))
-    return name
-
-
-# -- running ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Trials:
-    """Stages that run side by side, and what each took: wall time, with what happens before the first step, and memory."""
-
-    plan: Plan
-    runs: Path
-    jobs: int | None
-    stages: dict[str, Any] = field(default_factory=dict)
-    began: dict[str, float] = field(default_factory=dict)
-    graph: Graph | None = None
-
-    def run(self, *, may_fail: bool = False) -> dict[str, str]:
-        """Make every stage. Trials that fail are left out and named where that is allowed."""
-        failed: dict[str, str] = {}
-        while True:
-            self.graph = self._graph({name: s for name, s in self.stages.items() if name not in failed})
-            now, stopped = self._run_once()
-            if stopped:
-                raise UserError(f"stopped and saved: {', '.join(stopped)}; the same command goes on")
-            fatal = [name for name in now if not (may_fail and is_trial(name))]
-            if fatal:
-                raise UserError("; ".join(f"{name}: {now[name]}" for name in fatal))
-            failed |= now
-            if not now:
-                return failed
-
-    def _run_once(self) -> tuple[dict[str, str], list[str]]:
-        """Stages that failed, with the reason, and those that were asked to stop; the first failure ends the rest."""
-        assert self.graph is not None
-        try:
-            result = run_graph(self.graph, only=None, jobs=self.jobs, drift="retrain", tell=self._tell)
-        except UserError as error:  # of a stage that ran in this very process
-            if not self.began:
-                raise
-            return {list(self.began)[-1]: str(error)}, []
-        return result.failed, result.stopped
-
-    def _graph(self, stages: dict[str, Any]) -> Graph:
-        head = {key: value for key, value in self.plan.base.items() if key != "stages"}
-        recipe = load.load({**head, "stages": stages})
-        name = self.plan.name.replace("/", "-")
-        return Graph.resolve(recipe, name=name, modality=modalities.find(recipe.modality), runs=self.runs)
-
-    def _tell(self, stage: str, said: dict[str, Any]) -> None:
-        if "memory" in said:
-            self._keep(stage, {"memory": said["memory"]})
-        elif "finished" in said:
-            if self.graph is not None and self.graph.nodes[stage].state == "new":  # else this is but its last part
-                self._keep(stage, {"seconds": time.monotonic() - self.began[stage]})
-            console.print(f"  {stage}: done", highlight=False)
-        elif "failed" in said or "warning" in said:
-            console.print(f"  {stage}: {said.get('failed') or said['warning']}", highlight=False, markup=False)
-        self.began.setdefault(stage, time.monotonic())
-
-    def _keep(self, stage: str, what: dict[str, float]) -> None:
-        """Beside the stage, where a later bench that shares the stage finds it too."""
-        path = self.folder(stage) / "cost.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        write_whole(path, json.dumps({**known, **what}))
-
-    def folder(self, stage: str) -> Path:
-        assert self.graph is not None
-        folder = self.graph.nodes[stage].folder
-        assert folder is not None
-        return folder
-
-    def values(self, stage: str) -> dict[str, float]:
-        """What was measured when the stage ended."""
-        last = newest_line(self.folder(stage) / "metrics.jsonl", kind="eval")
-        return {key: float(value) for key, value in last["values"].items() if finite(value)}
-
-    def cost(self, stage: str, *, shared: set[str]) -> dict[str, float]:
-        """Of a trial and all that it alone needed."""
-        total = dict.fromkeys(("flops", "tokens", "seconds"), 0.0) | {"memory": 0.0}
-        for name in self.needed(stage) - shared:
-            path = self.folder(name) / "cost.json"
-            taken = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            counts = ledger.read(self.folder(name)).cost()
-            total["seconds"] += taken.get("seconds", counts["seconds"])
-            total["memory"] = max(total["memory"], taken.get("memory", 0.0))
-            for key in ("flops", "tokens"):
-                total[key] += float(counts[key])
-        return total
-
-    def needed(self, stage: str) -> set[str]:
-        assert self.graph is not None
-        return {stage}.union(*(self.needed(name) for name in self.graph.nodes[stage].inputs))
-
-    def tidy(self) -> None:
-        """Checkpoints are many and of no more use; artifacts stay, so that other benches share them."""
-        assert self.graph is not None
-        for name in self.graph.nodes:
-            shutil.rmtree(self.folder(name) / "state", ignore_errors=True)
-
-
-def is_trial(stage: str) -> bool:
-    return any(f"--{side}-" in stage for side in SIDES)
-
-
-def read(values: Mapping[str, float], metric: str) -> float:
-    """A metric; its mean over columns when only those were measured, or over those named (`bits_per_byte/code,prose`)."""
-    found = [values[metric]] if metric in values else [v for k, v in values.items() if k.startswith(f"{metric}/")]
-    name, _, columns = metric.partition("/")
-    if not found and all(f"{name}/{column}" in values for column in columns.split(",")):
-        found = [values[f"{name}/{column}"] for column in columns.split(",")]
-    if not found:
-        raise UserError(f"the metric '{metric}' was not measured; there are: {', '.join(sorted(values))}")
-    return sum(found) / len(found)
-
-
-# -- a bench ----------------------------------------------------------------------------------------------------------
-
-
-def tuned(plan: Plan, *, trials: int | None, runs: Path, jobs: int | None) -> dict[str, Any]:
-    """The best setting of each side on a seed of its own, out of equally many; untuned if one has nothing to tune."""
     grids = {side: plan.grid(side) for side in SIDES}
     count = min(len(grid) for grid in grids.values())
     count = min(count, trials or count)
     about: dict[str, Any] = {"seed": TUNING_SEED, "trials": count, "by": plan.bench.tune_by or plan.bench.metric}
     if count < 2:
         return {**about, "trials": 1, **{side: {"setting": {}, "tried": []} for side in SIDES}}
+    sign = 1.0 if plan.bench.better == "lower" or plan.bench.tune_by else -1.0  # `tune_by` is in bits
+    found: dict[str, dict[str, Any]] = {side: {"tried": list(past[side]["tried"]) if past else []} for side in SIDES}
+    wanted = {side: [] if past else evenly(grids[side], count) for side in SIDES}
+    about["further"] = FURTHER if trials is None else 0
+    for turn in range(about["further"] + 1):
+        for side, more in attempted(plan, wanted, after=found, by=about["by"], runs=runs, jobs=jobs).items():
+            found[side]["tried"] += more
+            done = [row for row in found[side]["tried"] if row["value"] is not None]
+            if not done:
+                reason = found[side]["tried"][0]["failed"]
+                raise UserError(f"{plan.name}: every trial of the {side} failed: {reason}")
+            found[side]["setting"] = min(done, key=lambda row: sign * row["value"])["setting"]
+        if turn == about["further"]:
+            break
+        for side in SIDES:
+            reasons = [(setting, refused(plan, side, setting, runs=runs)) for setting in beyond(found[side])]
+            wanted[side] = [setting for setting, reason in reasons if reason is None]
+            found[side]["tried"] += [{"setting": s, "value": None, "failed": reason} for s, reason in reasons if reason]
+        if not any(wanted.values()):
+            break
+    return {**about, **found}
+
+
+def refused(plan: Plan, side: str, setting: Setting, *, runs: Path) -> str | None:
+    """Why a recipe with that setting is not even begun."""
+    work = Trials(plan, runs, None)
+    add(work.stages, plan, side, setting, seed=TUNING_SEED, label="refused")
+    try:
+        work.graph_of(work.stages)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def attempted(
+    plan: Plan,
+    wanted: Mapping[str, list[Setting]],
+    *,
+    after: Mapping[str, Any],
+    by: str,
+    runs: Path,
+    jobs: int | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Trials of both sides on the tuning seed, side by side: setting and value, or why there is none."""
     work = Trials(plan, runs, jobs)
-    tried = {
-        (side, i): add(work.stages, plan, side, setting, seed=TUNING_SEED, label=f"t{i}")
-        for side in SIDES
-        for i, setting in enumerate(evenly(grids[side], count))
+    names = {
+        side: [
+            add(work.stages, plan, side, setting, seed=TUNING_SEED, label=f"t{len(after[side]['tried']) + i}")
+            for i, setting in enumerate(settings)
+        ]
+        for side, settings in wanted.items()
     }
+    if not work.stages:
+        return {side: [] for side in wanted}
     failed = work.run(may_fail=True)
-    for side in SIDES:
-        rows = []
-        for i, setting in enumerate(evenly(grids[side], count)):
-            name = tried[side, i]
-            value = None if name in failed else read(work.values(name), about["by"])
-            rows.append({"setting": setting, "value": value} | ({"failed": failed[name]} if name in failed else {}))
-        done = [row for row in rows if row["value"] is not None]
-        if not done:
-            raise UserError(f"{plan.name}: every trial of the {side} failed: {next(iter(failed.values()))}")
-        sign = 1.0 if plan.bench.better == "lower" or plan.bench.tune_by else -1.0  # `tune_by` is in bits
-        about[side] = {"setting": min(done, key=lambda row: sign * row["value"])["setting"], "tried": rows}
+    tried = {
+        side: [
+            {"setting": setting, "value": None, "failed": failed[name]}
+            if name in failed
+            else {"setting": setting, "value": read(work.values(name), by)}
+            for name, setting in zip(names[side], settings, strict=True)
+        ]
+        for side, settings in wanted.items()
+    }
     work.tidy()
-    return about
+    return tried
+
+
+def beyond(side: Mapping[str, Any]) -> list[Setting]:
+    """Settings one step beyond each end that a side's best one lies at, in the progression of what was tried."""
+    found = []
+    for key, grid in claims.edges(side).items():
+        value = next_after(grid, last=side["setting"][key] == grid[-1])
+        if value not in grid:
+            found.append({**side["setting"], key: value})
+    return found
+
+
+def next_after(grid: list[float], *, last: bool) -> float:
+    """One step beyond the largest or smallest of a sorted grid, to one digit: by the last factor, or, where the grid
+    goes in equal steps of three or more values or is not all positive, by the last step.
+    """
+    end, inner = (grid[-1], grid[-2]) if last else (grid[0], grid[1])
+    steps = [b - a for a, b in pairwise(grid)]
+    even = len(grid) > 2 and max(steps) - min(steps) < 1e-9 * max(steps)
+    by_step = 2 * end - inner
+    value = by_step if grid[0] <= 0 or (even and by_step > 0) else end * end / inner
+    if isinstance(end, int):
+        return round(value)
+    short = float(f"{value:.0e}")
+    return short if (short > end) == last and short != end else value
 
 
 def evenly(grid: list[Setting], count: int) -> list[Setting]:
@@ -275,6 +139,9 @@ def evenly(grid: list[Setting], count: int) -> list[Setting]:
     if count >= len(grid):
         return grid
     return [grid[round(i * (len(grid) - 1) / (count - 1))] for i in range(count)]
+
+
+# -- a bench ----------------------------------------------------------------------------------------------------------
 
 
 def measured(
@@ -315,7 +182,8 @@ def run_bench(
     results: Path = claims.RESULTS,
     bench: Bench | None = None,
 ) -> dict[str, Any]:
-    """Measure a method's claim and add it to its results; what this version of the code has measured is not repeated.
+    """Measure a method's claim and add it to its results; what this version of the code has measured is not repeated,
+    save that a tuning whose best lay at an end of its grid, and which had not gone on, does so first.
 
     seeds: how many paired seeds, from 1; trials: at most so many settings a side when tuning
     jobs: stages side by side (as many as there are cores when left out); bench: instead of the file's own, unversioned
@@ -323,21 +191,29 @@ def run_bench(
     plan = Plan.of(name, bench)
     now = claims.version(name) if bench is None else {"code": "", "claim": repr(bench), "recipe": ""}
     known = claims.counted(name, now=now, results=results)
-    if known:
+    if known and (trials or known["tuning"].get("further") or not claims.ends(known)):
         console.print(f"{name}: measured on {known['date'][:10]}, and nothing changed since")
         return known
     if seeds < 2:
         raise UserError("a claim takes at least two seeds; without them there is no interval")
-    console.print(f"{name}: {plan.bench.metric}, tuning")
-    tuning = tuned(plan, trials=trials, runs=runs, jobs=jobs)
-    console.print(f"{name}: {seeds} seeds")
+    versions = {package: installed(package) for package in VERSIONS} | {"python": platform.python_version()}
+    past = known if known and known["versions"] == versions else None
+    console.print(f"{name}: {plan.bench.metric}, tuning{' goes on beyond an end of its grid' if past else ''}")
+    tuning = tuned(plan, trials=trials, runs=runs, jobs=jobs, past=past and past["tuning"])
     chosen = {side: tuning[side]["setting"] for side in SIDES}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    if past and all(chosen[side] == past["tuning"][side]["setting"] for side in SIDES):
+        console.print(f"{name}: its settings stay the best, and what was measured with them on {past['date'][:10]}")
+        entry = {**past, "date": date, "tuning": tuning, "measured": past["date"]}
+        claims.append(entry, results=results)
+        return entry
+    console.print(f"{name}: {seeds} seeds")
     found = measured(plan, chosen, seeds=list(range(1, seeds + 1)), runs=runs, jobs=jobs)
     pairs = zip(*(found["values"][side] for side in SIDES), strict=True)
     difference = stats.paired([arm - baseline for arm, baseline in pairs])
     about = card.read(registry.path_of(name))
     entry = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": date,
         "method": name,
         "version": now,
         "claim": f"{plan.bench.metric} is {plan.bench.better} than the baseline's",
@@ -352,7 +228,7 @@ def run_bench(
         **found,
         "differences": list(difference.differences),
         "difference": {key: getattr(difference, key) for key in ("mean", "low", "high", "p")},
-        "versions": {package: installed(package) for package in VERSIONS} | {"python": platform.python_version()},
+        "versions": versions,
     }
     claims.append(entry, results=results)
     return entry
@@ -386,7 +262,7 @@ def bench_command(
         claims.write_index()
     claims.write_index()
     console.print(f"Table: {claims.INDEX}", soft_wrap=True)
-    for name, status in verdicts().items():
+    for name, status in claims.verdicts().items():
         console.print(f"{name:<28} {status}")
     if failed:
         raise UserError(f"not measured: {', '.join(failed)}")

@@ -237,7 +237,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="show this one")] = 
         for method, what in pages.listing():
             console.print(f"{method:<28} {what}", soft_wrap=True, markup=False)
         return
-    from tutelage.bench import verdicts
+    from tutelage.claims import verdicts
 
     console.print(pages.page(name, verdict=verdicts().get(name, "not run")), soft_wrap=True, markup=False)
 

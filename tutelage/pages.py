@@ -99,6 +99,6 @@ def write(folder: Path, *, verdicts: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    from tutelage.bench import verdicts
+    from tutelage.claims import verdicts
 
     write(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/methods"), verdicts=verdicts())
