@@ -45,7 +45,7 @@ class Metadata(Method):
     share: float = Field(1.0, ge=0, le=1, description="share of the documents that begin with it, drawn once")
 
     off = {"share": 0.0}
-    on = {"form": "{source}: ", "cooldown": "25%"}
+    on = {"form": "{source} {source} {source} {source}: ", "cooldown": "25%"}
     toys = ("llama", "gpt2")
     steerable = frozenset({"cooldown"})
 
@@ -118,16 +118,23 @@ def without(batch: Batch) -> Batch:
 
 
 def effect(run: Seen) -> dict[str, float]:
-    """The share of the positions that are learned from, before the cool-down: in plain text, all of them."""
+    """The share of the positions that are learned from, what the last step's FLOPs are of the first's, and how well plain
+    text is learned.
+    """
     rows = [row for row in run.rows if row["kind"] == "train"]
     shares = [row["counted"] / ((1 - row["padding"]) * row["rows"] * row["length"]) for row in rows]
     last = next((row["values"] for row in reversed(run.rows) if row["kind"] == "eval"), {})
-    return {"learned": sum(shares) / len(shares), "plain": last.get("bits_per_byte/b", float("nan"))}
+    return {
+        "learned": sum(shares) / len(shares),
+        "narrowed": (rows[-1]["flops"] - rows[-2]["flops"]) / rows[0]["flops"],
+        "plain": last.get("bits_per_byte/b", float("nan")),
+    }
 
 
 def holds(on: dict[str, float], off: dict[str, float]) -> bool:
-    """Prefixes are read and not learned, and plain text is learned about as well."""
-    return on["learned"] < 0.95 * off["learned"] and on["plain"] < 1.1 * off["plain"]
+    """Prefixes are read and not learned, at the end they are not even read, and plain text is learned about as well."""
+    unlearned = on["learned"] < 0.95 * off["learned"]
+    return unlearned and on["narrowed"] < 0.9 * off["narrowed"] and on["plain"] < 1.1 * off["plain"]
 
 
 BENCH = Bench(  # the paper's conditional inference; its held-out loss without metadata is no lower, by its own Table 1
