@@ -24,17 +24,16 @@ from tutelage.core.types import IGNORE, Batch, Piece, Row
 from tutelage.core.view import Data, View
 
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "mask": VOCAB - 1, "vocab": VOCAB}
-CHARACTERS: dict[str, int] = {}
+OTHERS = "日本語の文章ですだがмиртудай😀ὦξεῖν᾽→"  # the characters beside Latin-1 that texts here may have
 
 
 def encode(text: str) -> list[int]:
-    """A number for each character, given out as they come."""
-    return [1, *(3 + CHARACTERS.setdefault(character, len(CHARACTERS)) for character in text)]
+    """A number for each character, the same whatever was read before it."""
+    return [1, *(3 + ord(one) if ord(one) < 256 else 259 + OTHERS.index(one) for one in text)]
 
 
 def decode(ids: list[int]) -> str:
-    back = {3 + number: character for character, number in CHARACTERS.items()}
-    return "".join(back.get(i, "") for i in ids)
+    return "".join(chr(i - 3) if i < 259 else OTHERS[i - 259] for i in ids if 3 <= i < 259 + len(OTHERS))
 
 
 class Texts:
