@@ -24,7 +24,7 @@ from tutelage.core.types import IGNORE, Batch, Piece, Row
 from tutelage.core.view import Data, View
 
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2, "mask": VOCAB - 1, "vocab": VOCAB}
-OTHERS = "日本語の文章ですだがмиртудай😀ὦξεῖν᾽→"  # the characters beside Latin-1 that texts here may have
+OTHERS = "日本語の文章ですだがмиртудай😀ὦξεῖν᾽"  # the characters beside Latin-1 that texts here may have
 
 
 def encode(text: str) -> list[int]:

@@ -104,7 +104,7 @@ def test_what_fits_is_the_longest_text_that_does() -> None:
 def test_the_example_of_the_t5_paper(monkeypatch: Any) -> None:
     """Thank you <X> me to your party <Y> week → <X> for inviting <Y> last, and the end."""
     words = ["thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week"]
-    letters = "".join(chr(0x100 + i) for i in range(len(words)))  # a token a word
+    letters = "ABCDEFGHIJ"  # a token a word
     hidden = torch.tensor([word in ("for", "inviting", "last") for word in words])
     monkeypatch.setattr(denoising, "span_mask", lambda length, **_: hidden)
     method = corruption(mean=1.5, rate=0.3)
