@@ -274,6 +274,7 @@ def entry(name: str, differences: list[float], **more: Any) -> dict[str, Any]:
         "differences": differences,
         "difference": {key: getattr(found, key) for key in ("mean", "low", "high", "p")},
         "tuning": {side: {"setting": {}, "tried": []} for side in sides},
+        "bench": {"baseline": {"data": {"a": "b|c"}}},
         "cost": {"ratio": {"flops": 1.25, "seconds": 2.0}},
         "scale": {"parameters": 1_100_000, "tokens": 1_200_000, "paper": "7 B"},
         **more,
@@ -314,10 +315,20 @@ def test_the_table_shows_scale_interval_and_cost(tmp_path: Path) -> None:
     claims.append(entry(name, [-0.5, -0.51, -0.49, -0.5, -0.52]), results=tmp_path)
     text = claims.index_text(tmp_path)
     line = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
-    for part in ("effect seen", "-0.5040 [", "1.25× FLOPs", "2.00× time", "1.10 M", "1.20 M", "| 5 |", "7 B"):
+    for part in (
+        "effect seen",
+        "| `{data: {a: b\\|c}}` |",
+        "-0.5040 [",
+        "1.25× FLOPs",
+        "2.00× time",
+        "1.10 M",
+        "1.20 M",
+        "| 5 |",
+        "7 B",
+    ):
         assert part in line
     table = [row for row in text.splitlines() if row.startswith("|")]
-    assert len({row.count("|") for row in table}) == 1 and len(table) == len(CLAIMING) + 2
+    assert len({row.replace("\\|", "").count("|") for row in table}) == 1 and len(table) == len(CLAIMING) + 2
 
 
 def test_what_was_best_at_the_end_of_a_grid_is_told_under_the_table(tmp_path: Path) -> None:

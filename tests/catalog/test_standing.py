@@ -202,19 +202,43 @@ def test_pages_count_what_is_covered_and_what_is_measured(tmp_path: Path, monkey
     assert pages.tally(list(few), standing(grow__stack="stale")) == (3, 2, 0)
 
 
-def test_only_the_readmes_section_is_written_and_old_pages_go(tmp_path: Path) -> None:
+def test_only_the_readmes_sections_are_written_and_old_pages_go(tmp_path: Path) -> None:
     readme, folder = tmp_path / "README.md", tmp_path / "papers"
     folder.mkdir()
     (folder / "gone.md").write_text("old", encoding="utf-8")
-    readme.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n", encoding="utf-8")
+    begins, ends = ({name: mark.format(name) for name in pages.SECTIONS} for mark in (pages.BEGIN, pages.END))
+    parts = [f"{begins[name]}\nold\n{ends[name]}\n" for name in ("coverage", "verdicts")]
+    readme.write_text("between\n".join(["before\n", *parts, "after\n"]), encoding="utf-8")
     pages.write(folder, readme=readme)
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{pages.BEGIN}\nPapers that the project is to cover: 516.")
-    assert text.endswith(f"|\n{pages.END}\nafter\n")
+    assert text.startswith(f"before\nbetween\n{begins['coverage']}\nPapers that the project is to cover: 516.")
+    assert f"|\n{ends['coverage']}\nbetween\n{begins['verdicts']}\n- **" in text
+    assert text.endswith(f"\n{ends['verdicts']}\nbetween\nafter\n") and "\nold\n" not in text
     assert not (folder / "gone.md").exists() and (folder / "rl.md").exists()
     readme.write_text("no section", encoding="utf-8")
     with pytest.raises(UserError, match="README.md has no section between"):
         pages.write(folder, readme=readme)
+
+
+def test_every_verdict_has_a_line_with_its_methods_the_greatest_difference_first() -> None:
+    def entry(metric: str, mean: float) -> dict[str, Any]:
+        difference = {"mean": mean, "low": mean, "high": mean, "p": 0.0}
+        return {"metric": metric, "better": "lower", "differences": [mean], "difference": difference}
+
+    found = {
+        "grow/stack": ("effect seen", entry("bits_per_byte/prose", -0.0123)),
+        "mix/fixed": ("not run", None),
+        "optim/muon": ("effect seen", entry("bits_per_byte/code", -0.5)),
+        "param/lora": ("opposite", entry("forgetting", 1.0)),
+        "steer/plateau": ("stale", entry("forgetting", 1.0)),
+    }
+    assert pages.verdicts(Standing(found)).splitlines() == [
+        "- **2 effect seen**. bits_per_byte (lower is better): [optim/muon](docs/methods/optim/muon.md) −0.500, "
+        "[grow/stack](docs/methods/grow/stack.md) −0.012",
+        "- **1 opposite**. forgetting (lower is better): [param/lora](docs/methods/param/lora.md) +1.000",
+        "- **1 stale**. [steer/plateau](docs/methods/steer/plateau.md)",
+        "- **1 not run**. [mix/fixed](docs/methods/mix/fixed.md)",
+    ]
 
 
 def test_a_methods_page_names_its_papers() -> None:

@@ -1,16 +1,17 @@
-"""What is generated from the catalog: docs/papers and the README's table of coverage."""
+"""What is generated from the catalog and the verdicts: docs/papers, and two sections of the README."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from tutelage import claims
 from tutelage.base.errors import UserError
 from tutelage.catalog import rows
 from tutelage.catalog.rows import AXES, Row
 from tutelage.catalog.show import MEASURED, Standing, counts, section
 
-BEGIN, END = "<!-- coverage: made by `make docs` -->", "<!-- end of coverage -->"
+BEGIN, END = "<!-- {}: made by `make docs` -->", "<!-- end of {} -->"
 SIDE_BY_SIDE = 3  # axes in a row of the README's table
 
 
@@ -87,17 +88,41 @@ def coverage(standing: Standing) -> str:
     return "\n".join(lines)
 
 
+def verdicts(standing: Standing) -> str:
+    """The README's section: a line for each verdict, its methods by what was measured, the greatest difference first."""
+    lines = []
+    for status in (*MEASURED, "stale", "not run"):
+        by: dict[str, list[tuple[float, str]]] = {}
+        for name, (is_, entry) in standing.all().items():
+            if is_ != status:
+                continue
+            linked, known = f"[{name}](docs/methods/{name}.md)", entry if status in MEASURED else None
+            mean = claims.difference(known).mean if known else 0.0
+            what = f"{known['metric'].partition('/')[0]} ({known['better']} is better): " if known else ""
+            by.setdefault(what, []).append((-abs(mean), f"{linked} {mean:+.3f}".replace("-", "−") if known else linked))
+        count = sum(map(len, by.values()))
+        told = "; ".join(what + ", ".join(text for _, text in sorted(of)) for what, of in by.items())
+        lines += [f"- **{count} {status}**. {told}"] if count else []
+    return "\n".join(lines)
+
+
+SECTIONS = {"verdicts": verdicts, "coverage": coverage}
+
+
 def in_readme(text: str, standing: Standing) -> str:
-    """A README with its section of coverage as it is now."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"README.md has no section between '{BEGIN}' and '{END}'")
-    return f"{before}{BEGIN}\n{coverage(standing)}\n{END}{after}"
+    """A README with its sections as they are now."""
+    for name, made in SECTIONS.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, found, rest = text.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise UserError(f"README.md has no section between '{begin}' and '{end}'")
+        text = f"{before}{begin}\n{made(standing)}\n{end}{after}"
+    return text
 
 
 def write(folder: Path, *, readme: Path) -> None:
-    """All pages, and the README's section; pages of axes that are gone go too."""
+    """All pages, and the README's sections; pages of axes that are gone go too."""
     standing = Standing()
     made = pages(standing)
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,11 +27,15 @@ class Standing:
     found: dict[str, tuple[str, dict[str, Any] | None]] | None = None
     read: Callable[[], dict[str, tuple[str, dict[str, Any] | None]]] = field(default=claims.standing)
 
-    def of(self, method: str) -> tuple[str, dict[str, Any] | None] | None:
-        """Status and entry of a method that has a bench, else None."""
+    def all(self) -> dict[str, tuple[str, dict[str, Any] | None]]:
+        """Status and entry of every method that has a bench."""
         if self.found is None:
             self.found = self.read()
-        return self.found.get(method)
+        return self.found
+
+    def of(self, method: str) -> tuple[str, dict[str, Any] | None] | None:
+        """Status and entry of a method that has a bench, else None."""
+        return self.all().get(method)
 
     def status(self, row: Row) -> str:
         """One of STATUSES: what covers the row first decides."""
