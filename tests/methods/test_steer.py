@@ -17,6 +17,7 @@ from scipy import stats
 from tests.methods.small import Texts, data_of, decode
 from tests.steering.live import ask, put
 from tests.toy import graph, numbers
+from tutelage.base.action import MOST, ROWS, parse
 from tutelage.base.clock import Clock
 from tutelage.base.errors import UserError
 from tutelage.base.registry import make
@@ -125,6 +126,19 @@ def test_what_is_passed_over_reaches_on_in_each_source_as_it_was_drawn_of_late()
     tensors, plain = flatten(policy.state)
     policy.state.update(unflatten({**tensors, **plain}))  # as after a cut
     assert asked(policy, [*CALM, 9.0, 9.5]) == {22: [{"do": "rollback", "to": 15, "skip": True}, *far]}
+
+
+def test_more_than_a_request_holds_is_passed_over_as_far_as_it_does() -> None:
+    """Sixty sources, each of a row a step but the first, which has two."""
+    policy = watch(factor=0.5, skip=900_000)
+    names = ["s00", *(f"s{i:02}" for i in range(60))]
+    for _ in range(10):
+        policy.observe(cast(Any, SimpleNamespace(rows=[SimpleNamespace(source=name) for name in names])), {}, None)
+    (acts,) = asked(policy, [*CALM, 9.0, 9.5]).values()
+    rows = {act["source"]: act["rows"] for act in acts if act["do"] == "skip_data"}
+    assert [act["do"] for act in acts] == ["rollback", *["skip_data"] * 48, "scale"] and len(acts) == MOST
+    assert rows == {"s00": ROWS, **{f"s{i:02}": 900_000 - 7 for i in range(1, 48)}}
+    assert all(parse(act, place="here") for act in acts)
 
 
 def test_one_high_step_is_no_spike_and_neither_is_a_rise_below_the_share():

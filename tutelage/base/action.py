@@ -16,6 +16,7 @@ from tutelage.base.spec import SourceSpec, Strict
 
 Actor = Literal["person", "agent", "policy", "recipe"]
 MOST = 50  # actions of a request: each may take seconds, and the stage waits
+ROWS = 1_000_000  # of a source that one action goes past
 DEEPEST = 64  # lists and mappings within each other in a request
 RANK = {"recipe": 0, "person": 1, "agent": 2, "policy": 3}  # who is heard first, and whose word stands
 
@@ -80,7 +81,7 @@ class SkipData(Strict):
 
     do: Literal["skip_data"] = "skip_data"
     source: str
-    rows: int = Field(ge=1, le=1_000_000)
+    rows: int = Field(ge=1, le=ROWS)
 
 
 class Freeze(Strict):

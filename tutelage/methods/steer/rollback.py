@@ -8,7 +8,8 @@ Costs:   two medians of a short window a step; what is rolled back is computed i
 With:    needs saves; `steering.policy.approve: [rollback]` asks a person first; beside steer/plateau, cuts multiply
 Differs: people watched those runs: the rule for what a spike is (median and median deviation of the last steps), the cap
     and the cool-down are ours; PaLM skipped 200 to 500 batches from about 100 steps before a spike, in their order, here
-    each source goes past as many rows as it gave of late; saves may lie further apart than PaLM's 100 steps
+    each source goes past as many rows as it gave of late, at most a million, and of more than 48 sources and parts of
+    sources the largest 48 do; saves may lie further apart than PaLM's 100 steps
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from urllib.parse import quote, unquote  # a replayed source is called `stage/na
 import torch
 from pydantic import Field
 
+from tutelage.base.action import MOST, ROWS
 from tutelage.base.method import Bench, Seen
 from tutelage.core.types import Batch
 from tutelage.methods._kit.policy import Policy
@@ -79,9 +81,10 @@ class Rollback(Policy):
         self.state["rows"] = {name: mean + (counts[name] - mean) / seen for name, mean in means.items()}
 
     def _past(self, steps: int) -> list[dict[str, Any]]:
-        """The sources' rows of so many steps more."""
-        rows = {unquote(name): round(steps * mean) for name, mean in sorted(self.state.get("rows", {}).items())}
-        return [{"do": "skip_data", "source": name, "rows": count} for name, count in rows.items() if count > 0]
+        """The sources' rows of so many steps more, as far as they find room in a request: the largest do."""
+        rows = {unquote(name): min(round(steps * mean), ROWS) for name, mean in self.state.get("rows", {}).items()}
+        kept = sorted(rows, key=lambda name: (-rows[name], name))[: MOST - 2]
+        return [{"do": "skip_data", "source": name, "rows": rows[name]} for name in sorted(kept) if rows[name] > 0]
 
     def _wrong(self, signals: dict[str, float], tick: int, *, finite: bool) -> tuple[int | None, str]:
         """The last tick at which all was well, and what is wrong; None when nothing is."""
