@@ -196,17 +196,30 @@ def test_a_tuning_goes_on_beyond_an_end_that_is_best_and_no_further_than_it_may(
     tried = answered(lambda setting: abs(setting["optim.lr"] - 0.05), monkeypatch)
     found = bench.tuned(plan, trials=None, runs=tmp_path, jobs=0)
     rates = {side: [row["setting"]["optim.lr"] for row in tried[side]] for side in tried}
-    assert rates["arm"] == [1e-3, 1e-2, 0.1], "0.01 is still the nearest, and no end any more"
+    assert rates["arm"] == pytest.approx([1e-3, 1e-2, 0.1, 1e-4, 1e-5]), "an end; then what was best of the baseline"
     assert rates["baseline"] == pytest.approx([1e-3, 1e-2, 1e-4, 1e-5, 1e-6])
     assert found["arm"]["setting"] == {"optim.lr": 1e-2} and found["baseline"]["setting"]["optim.lr"] == 1e-6
     assert not claims.edges(found["arm"]) and claims.edges(found["baseline"])
-    assert (found["trials"], found["further"]) == (2, bench.FURTHER)
+    assert (found["trials"], found["rounds"]) == (2, bench.ROUNDS)
 
     for side in tried:
         tried[side].clear()
-    again = bench.tuned(plan, trials=None, runs=tmp_path, jobs=0, past=found)
-    assert tried["arm"] == [] and len(tried["baseline"]) == bench.FURTHER, "what was tried is not tried again"
-    assert again["arm"] == found["arm"]
+    again = bench.tuned(plan, trials=None, runs=tmp_path, jobs=0, past={**found, "rounds": bench.ROUNDS - 1})
+    rates = {side: [row["setting"]["optim.lr"] for row in tried[side]] for side in tried}
+    assert rates["arm"] == pytest.approx([1e-6]) and rates["baseline"] == pytest.approx([1e-7])
+    assert len(again["arm"]["tried"]) == 6, "what was tried is not tried again"
+
+
+def test_a_side_tries_what_is_best_on_the_other() -> None:
+    def side(best: dict[str, Any], *tried: dict[str, Any]) -> dict[str, Any]:
+        return {"setting": best, "tried": [{"setting": setting} for setting in (best, *tried)]}
+
+    arm = side({"k": 2, "lr": 0.3, "kind": "a"}, {"k": 1, "lr": 0.1, "kind": "b"}, {"k": 3, "lr": 0.9, "kind": "a"})
+    baseline = side({"lr": 0.2, "kind": "b"}, {"lr": 0.3, "kind": "a"}, {"lr": 0.1, "kind": "a"})
+    assert bench.ahead({"arm": arm, "baseline": baseline}) == {
+        "arm": [{"k": 2, "lr": 0.2, "kind": "a"}],
+        "baseline": [],
+    }
 
 
 def test_a_value_beyond_that_its_method_refuses_is_written_down_with_the_reason(
@@ -342,7 +355,7 @@ def test_what_was_best_at_the_end_of_a_grid_is_told_under_the_table(tmp_path: Pa
         return {side: {"setting": grid[i], "tried": tried} for side, i in (("arm", arm), ("baseline", baseline))}
 
     claims.append(entry(other, [0.1, 0.2], tuning=tuned(0, 1)), results=tmp_path)
-    assert "end of a grid" not in claims.index_text(tmp_path)
+    assert "Best at the end of a grid" not in claims.index_text(tmp_path)
     claims.append(entry(name, [0.1, 0.2], tuning=tuned(4, 8)), results=tmp_path)
     told = claims.index_text(tmp_path).splitlines()[-1]
     assert told == f"- `{name}`: arm's `lr` 0.1, the smallest of 3; baseline's `lr` 3, the largest of 3"

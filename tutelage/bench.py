@@ -20,7 +20,7 @@ from tutelage.catalog import rows
 from tutelage.core import ledger, stats
 
 TUNING_SEED = 100
-FURTHER = 3  # values beyond an end of a grid, one after the other
+ROUNDS = 3  # of trials after the grid's
 VERSIONS = ("tutelage", "torch", "transformers", "numpy")
 
 
@@ -32,8 +32,8 @@ def tuned(
 ) -> dict[str, Any]:
     """The best setting of each side on a seed of its own; untuned if one side has nothing to tune.
 
-    Both try equally many points of their grids. A side whose best number then lies at an end of what it tried goes on
-    beyond that end, `FURTHER` times at most. past: a tuning of this very bench that had not gone on.
+    Both try equally many points of their grids, and then, in `ROUNDS` rounds at most, what lies `ahead` of their best ones.
+    past: a tuning of this very bench that has rounds left.
     """
     grids = {side: plan.grid(side) for side in SIDES}
     count = min(len(grid) for grid in grids.values())
@@ -42,10 +42,10 @@ def tuned(
     if count < 2:
         return {**about, "trials": 1, **{side: {"setting": {}, "tried": []} for side in SIDES}}
     sign = 1.0 if plan.bench.better == "lower" or plan.bench.tune_by else -1.0  # `tune_by` is in bits
-    found: dict[str, dict[str, Any]] = {side: {"tried": list(past[side]["tried"]) if past else []} for side in SIDES}
+    found: dict[str, Any] = {side: {"tried": list(past[side]["tried"]) if past else []} for side in SIDES}
     wanted = {side: [] if past else evenly(grids[side], count) for side in SIDES}
-    about["further"] = FURTHER if trials is None else 0
-    for turn in range(about["further"] + 1):
+    rounds = past.get("rounds", 0) if past else 0
+    while True:
         for side, more in attempted(plan, wanted, after=found, by=about["by"], runs=runs, jobs=jobs).items():
             found[side]["tried"] += more
             done = [row for row in found[side]["tried"] if row["value"] is not None]
@@ -53,15 +53,34 @@ def tuned(
                 reason = found[side]["tried"][0]["failed"]
                 raise UserError(f"{plan.name}: every trial of the {side} failed: {reason}")
             found[side]["setting"] = min(done, key=lambda row: sign * row["value"])["setting"]
-        if turn == about["further"]:
+        if trials or rounds == ROUNDS:
             break
-        for side in SIDES:
-            reasons = [(setting, refused(plan, side, setting, runs=runs)) for setting in beyond(found[side])]
+        for side, settings in ahead(found).items():
+            reasons = [(setting, refused(plan, side, setting, runs=runs)) for setting in settings]
             wanted[side] = [setting for setting, reason in reasons if reason is None]
             found[side]["tried"] += [{"setting": s, "value": None, "failed": reason} for s, reason in reasons if reason]
         if not any(wanted.values()):
             break
-    return {**about, **found}
+        rounds += 1
+    return {**about, "rounds": rounds, **found}
+
+
+def ahead(tuning: Mapping[str, Any]) -> dict[str, list[Setting]]:
+    """What each side has still to try, starting from its best setting: one step beyond each end of its grid that it lies
+    at, in the grid's progression, and, of a number that both sides tune, what is best on the other and untried on this.
+    """
+    found: dict[str, list[Setting]] = {}
+    for side, other in zip(SIDES, reversed(SIDES), strict=True):
+        best = tuning[side]["setting"]
+        values = {
+            key: {next_after(grid, last=best[key] == grid[-1])} for key, grid in claims.edges(tuning[side]).items()
+        }
+        for key, value in tuning[other]["setting"].items():
+            if key in best and type(value) in (int, float):
+                values.setdefault(key, set()).add(value)
+        tried = {key: [row["setting"][key] for row in tuning[side]["tried"]] for key in values}
+        found[side] = [{**best, key: value} for key in values for value in sorted(values[key] - set(tried[key]))]
+    return found
 
 
 def refused(plan: Plan, side: str, setting: Setting, *, runs: Path) -> str | None:
@@ -107,16 +126,6 @@ def attempted(
     }
     work.tidy()
     return tried
-
-
-def beyond(side: Mapping[str, Any]) -> list[Setting]:
-    """Settings one step beyond each end that a side's best one lies at, in the progression of what was tried."""
-    found = []
-    for key, grid in claims.edges(side).items():
-        value = next_after(grid, last=side["setting"][key] == grid[-1])
-        if value not in grid:
-            found.append({**side["setting"], key: value})
-    return found
 
 
 def next_after(grid: list[float], *, last: bool) -> float:
@@ -183,7 +192,7 @@ def run_bench(
     bench: Bench | None = None,
 ) -> dict[str, Any]:
     """Measure a method's claim and add it to its results; what this version of the code has measured is not repeated,
-    save that a tuning whose best lay at an end of its grid, and which had not gone on, does so first.
+    save that a tuning with something ahead of it goes on first.
 
     seeds: how many paired seeds, from 1; trials: at most so many settings a side when tuning
     jobs: stages side by side (as many as there are cores when left out); bench: instead of the file's own, unversioned
@@ -191,14 +200,14 @@ def run_bench(
     plan = Plan.of(name, bench)
     now = claims.version(name) if bench is None else {"code": "", "claim": repr(bench), "recipe": ""}
     known = claims.counted(name, now=now, results=results)
-    if known and (trials or known["tuning"].get("further") or not claims.ends(known)):
+    if known and (trials or known["tuning"].get("rounds", 0) == ROUNDS or not any(ahead(known["tuning"]).values())):
         console.print(f"{name}: measured on {known['date'][:10]}, and nothing changed since")
         return known
     if seeds < 2:
         raise UserError("a claim takes at least two seeds; without them there is no interval")
     versions = {package: installed(package) for package in VERSIONS} | {"python": platform.python_version()}
     past = known if known and known["versions"] == versions else None
-    console.print(f"{name}: {plan.bench.metric}, tuning{' goes on beyond an end of its grid' if past else ''}")
+    console.print(f"{name}: {plan.bench.metric}, tuning{' goes on' if past else ''}")
     tuning = tuned(plan, trials=trials, runs=runs, jobs=jobs, past=past and past["tuning"])
     chosen = {side: tuning[side]["setting"] for side in SIDES}
     date = datetime.now(UTC).isoformat(timespec="seconds")
