@@ -233,6 +233,11 @@ def test_a_value_beyond_that_its_method_refuses_is_written_down_with_the_reason(
     last = found["arm"]["tried"][-1]
     assert last["setting"] == {"methods.0.rate": 2.0} and last["value"] is None and "rate" in last["failed"]
     assert not claims.edges(found["arm"]), "there is nothing beyond 0.9 that may be asked for"
+    plan = arms.Plan.of("continual/replay", small(tmp_path, tune=grid, tune_baseline={"seed": ["a", "b"]}))
+    monkeypatch.setattr(bench, "attempted", lambda plan, wanted, **_: {
+        side: [{"setting": s, "value": -s.get("methods.0.rate", 0.0)} for s in of] for side, of in wanted.items()
+    })  # fmt: skip
+    assert bench.tuned(plan, trials=None, runs=tmp_path, jobs=0)["rounds"] == 1, "a round of refusals is over, too"
 
 
 def test_a_measured_bench_whose_tuning_had_not_gone_on_does_so_and_keeps_what_stays_the_best(

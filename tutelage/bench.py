@@ -55,13 +55,13 @@ def tuned(
             found[side]["setting"] = min(done, key=lambda row: sign * row["value"])["setting"]
         if trials or rounds == ROUNDS:
             break
+        rounds += 1  # also one in which all is refused or nothing is ahead, so that no measurement takes it up again
         for side, settings in ahead(found).items():
             reasons = [(setting, refused(plan, side, setting, runs=runs)) for setting in settings]
             wanted[side] = [setting for setting, reason in reasons if reason is None]
             found[side]["tried"] += [{"setting": s, "value": None, "failed": reason} for s, reason in reasons if reason]
         if not any(wanted.values()):
             break
-        rounds += 1
     return {**about, "rounds": rounds, **found}
 
 
