@@ -29,7 +29,7 @@ ACTS = (
 )
 WAITING = {
     "id": "w1",
-    "by": "scout",
+    "by": "scout-" + "x" * 94,  # a name may have 100 characters
     "actor": "agent",
     "do": [{"do": "reset", "modules": ["lm_head.*"]}],
     "why": "it is stuck",

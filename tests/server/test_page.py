@@ -28,6 +28,9 @@ TABS = ("Curves", "Steer", "Try", "Talk", "Batches", "Log", "Runs")
 READ = """() => { const loss = document.querySelector('[aria-label="loss"]')?.innerText ?? "reading";
     return !loss.includes("reading") && !/^–$/m.test(loss); }"""
 
+# cards that hold more than they are wide
+OVER = "[...document.querySelectorAll('.card')].filter((c) => c.scrollWidth > c.clientWidth).map((c) => c.ariaLabel)"
+
 
 @pytest.fixture
 def open_page(browser: Any, server: str, anna: dict[str, str]) -> Iterator[Any]:
@@ -106,6 +109,7 @@ def test_nothing_is_wider_than_a_telephone(open_page: Any) -> None:
         page.get_by_role("region", name=name, exact=True).wait_for()
         page.wait_for_timeout(250)
         assert wide(page)[0] <= NARROW[0], name
+        assert page.evaluate(OVER) == [], name  # a name of 100 characters is broken
 
 
 def test_nan_is_a_mark_and_a_gap_and_breaks_no_chart(open_page: Any) -> None:
