@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import islice
 from math import log2
 
-from bench import ciphers, duplicated, grammars, manners, spoiled, undecoded
+from bench import ciphers, duplicated, few_passages, grammars, manners, spoiled, undecoded
 from bench.grammars import LETTERS, Sentences
 
 
@@ -157,3 +157,17 @@ def test_manners_are_the_same_for_the_same_seed_and_their_rewards_count_rude_wor
     plain = list(manners.Manners(50, only="good"))
     assert [r["text"] for r in told] == ["<|good|>" + r["text"] for r in plain]
     assert all(r["mask"] == [[0, 8]] and r["reward"] == 0 for r in told)
+
+
+def test_few_passages_of_a_task_are_some_kilobytes_of_what_is_not_measured(monkeypatch):
+    asked = []
+    module = "".join(f"line {i} of a module\n" for i in range(60))
+    monkeypatch.setattr(few_passages.stdlib, "records", lambda *at: asked.append(at) or iter([{"text": module}] * 9))
+    for task in ("code", "asked", "records"):
+        found = list(few_passages.Few(task, kilobytes=2))
+        size = sum(len(text.encode()) for record in found for text in record.values())
+        assert found == list(few_passages.Few(task, kilobytes=2)) and 2000 <= size < 3000
+    assert set(asked) == {("stdlib:code", "train")}
+    assert all(record["text"] in module for record in few_passages.Few("code", kilobytes=2))
+    learned = [json.dumps(record) for record in few_passages.Instructions(2000)]
+    assert any(json.dumps(record) not in learned for record in few_passages.Few("asked"))
