@@ -1,10 +1,10 @@
 """Some kilobytes of each task: fit multiples of task vectors on them (merge/anisotropic), or train all weights on them?
 
-Either side has models of the three tasks and the same text, reads it as often (60 steps of four rows a task) and is
-tuned. The one learns a multiple for each parameter of each task vector; the other trains all weights, from the models'
-sum at one scale or from their base, whichever is better.
+Either side has models of the three tasks and the same text, reads it as often (60 steps of four rows a task, of fewer
+where the text is less) and is tuned. The one learns a multiple for each parameter of each task vector; the other trains
+all weights, from the models' sum at one scale or from their base, whichever is better.
 
-Writes bench/results/few_passages.json and prints the difference. Run from the repository's root:
+Writes bench/results/few_passages.json and prints the differences. Run from the repository's root:
 `python -m bench.few_passages`.
 """
 
@@ -29,6 +29,9 @@ from tutelage.modalities.text.stdlib import Split
 
 RESULTS = claims.RESULTS / "few_passages.json"
 PIECE = 480  # bytes of a piece of code, about a row of 128 tokens
+TASKS = ("code", "asked", "records")
+STEPS, ROWS = 60, 4  # rows of each task in a step
+KEEP = ("date", "metric", "bench", "tuning", "seeds", "values", "measures", "cost", "difference", "versions")
 UNSEEN = 1  # seed of instructions and records that neither the models nor their measurement have
 
 
@@ -63,46 +66,55 @@ def pieces(split: Split = "train") -> Iterator[dict[str, str]]:
             yield {"text": text.encode()[:PIECE].decode("utf-8", "ignore")}
 
 
-def few(task: str) -> dict[str, Any]:
-    chat = {"template": True} if task == "asked" else {}
-    return {"use": "bench.few_passages:Few", "args": {"task": task}, "val": 0, **chat}
-
-
-DATA = {f"few_{task}": few(task) for task in ("code", "asked", "records")}
-COMPARED = Bench(
-    base="recipes/bench/few-passages.yaml",
-    arm={"data": DATA, "apply": {"use": "merge/anisotropic", "steps": 60, "rows": 4, "passages": 64}},
-    baseline={
-        "start": "summed",
-        "apply": None,
-        "data": DATA,
-        "batch": "12sample",
-        "optim": {"use": "optim/adamw", "lr": 3e-4},
-        "schedule": {"use": "schedule/cosine", "warm": "10%", "floor": 0.0},
-        "until": "60step",
-    },
-    metric="bits_per_byte/asked,code,records",
-    better="lower",
-    margin=0.01,
-    tune={"apply.rate": [0.03, 0.1, 0.3], "apply.decay": [0.0, 0.1]},
-    tune_baseline={"start": ["summed", "one"], "optim.lr": [1e-4, 3e-4, 1e-3]},
-)
+def compared(kilobytes: float) -> Bench:
+    """Both sides, given so many kilobytes of each task."""
+    data: dict[str, Any] = {}
+    for task in TASKS:
+        args = {"task": task, "kilobytes": kilobytes}
+        data[f"few_{task}"] = {"use": "bench.few_passages:Few", "args": args, "val": 0}
+    data["few_asked"]["template"] = True
+    return Bench(
+        base="recipes/bench/few-passages.yaml",
+        arm={"data": data, "apply": {"use": "merge/anisotropic", "steps": STEPS, "rows": ROWS, "passages": 64}},
+        baseline={
+            "start": "summed",
+            "apply": None,
+            "data": data,
+            "batch": f"{ROWS * len(TASKS)}sample",
+            "optim": {"use": "optim/adamw", "lr": 3e-4},
+            "schedule": {"use": "schedule/cosine", "warm": "10%", "floor": 0.0},
+            "until": f"{STEPS}step",
+        },
+        metric="bits_per_byte/asked,code,records",
+        better="lower",
+        margin=0.01,
+        tune={"apply.rate": [0.03, 0.1, 0.3], "apply.decay": [0.0, 0.1]},
+        tune_baseline={"start": ["summed", "one"], "optim.lr": [1e-4, 3e-4, 1e-3]},
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kilobytes", type=float, nargs="+", default=[0.5, 6.0], help="of each task")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/bench"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as apart:  # a verdict is of a file's own BENCH
-        entry = bench.run_bench(
-            "merge/anisotropic", bench=COMPARED, seeds=options.seeds, runs=options.runs, results=Path(apart)
-        )
-    keep = ("date", "metric", "bench", "tuning", "seeds", "values", "measures", "cost", "difference", "versions")
-    write_whole(options.results, json.dumps({key: entry[key] for key in keep}, indent=1) + "\n")
-    told = stats.shown(stats.paired(entry["differences"]), digits=4)
-    print(f"multiples fitted, minus all weights trained on the same text: {told} bits per byte ({options.results})")
+    found = []
+    for size in options.kilobytes:
+        with tempfile.TemporaryDirectory() as apart:  # a verdict is of a file's own BENCH
+            entry = bench.run_bench(
+                "merge/anisotropic",
+                bench=compared(size),
+                seeds=options.seeds,
+                runs=options.runs,
+                results=Path(apart),
+            )
+        found.append({"kilobytes": size, **{key: entry[key] for key in KEEP}})
+        told = stats.shown(stats.paired(entry["differences"]), digits=4)
+        print(f"{size:g} kB a task: multiples fitted, minus all weights trained: {told} bits per byte", flush=True)
+    write_whole(options.results, json.dumps(found, indent=1) + "\n")
+    print(f"{options.results} is written")
 
 
 if __name__ == "__main__":
