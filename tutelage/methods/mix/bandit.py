@@ -148,7 +148,7 @@ def holds(on: dict[str, float], off: dict[str, float]) -> bool:
     return on["changing"] > 0.7 > off["changing"] and on["new"] > off["new"] + 0.05
 
 
-# At equal FLOPs, of which the held-out passes take a tenth: twenty rounds, four sources, 16 rows of each.
+# At equal FLOPs, of which the held-out passes take 7 %: twenty rounds, four sources, 16 rows of each.
 BENCH = Bench(
     base="recipes/bench/four-domains.yaml",
     arm={"mix": {"use": "mix/bandit", "passages": 16}},
