@@ -18,7 +18,7 @@ DEV := .venv/.dev
 
 demo: $(RUNTIME)
 	@echo "A 1 M-parameter Llama learns English prose, then Python code in three ways, then is merged: what does it forget?"
-	@echo "Text: this Python's own documentation and standard library. About 6 minutes on two cores; call again to go on."
+	@echo "Text: this Python's own documentation and standard library. Two to six minutes on two cores; call again to go on."
 	$(BIN)/tutelage run recipes/quickstart/demo.yaml
 	@echo
 	@echo "Your own model and file:  $(BIN)/tutelage new recipe ./my-model my-data.jsonl && $(BIN)/tutelage run recipe.yaml"
