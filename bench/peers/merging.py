@@ -35,7 +35,7 @@ from tutelage.methods.merge.dare import kept_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "merging.json"
 SEED, STAGE = 0, "merged"
-SIZES = [(384, 5), (384, 10), (512, 5)]  # hidden width, blocks: 9 tensors a block and 3 beside them
+SIZES = [(384, 5), (384, 10), (2048, 4)]  # hidden width, blocks: 9 tensors a block and 3 beside them
 Tensors = dict[str, torch.Tensor]
 
 # name: our entry, mergekit's method with its shared parameters, its parameters a model, how many models beside a base
@@ -201,7 +201,9 @@ def memory(python: str, place: Path) -> list[dict[str, Any]]:
     rows = []
     for hidden, blocks in SIZES:
         with tempfile.TemporaryDirectory(dir=place) as inside:
-            folders = write_models(Path(inside), count=3, hidden=hidden, blocks=blocks)
+            # in a child, which leaves this process's allocator as it is
+            apart(lambda at=inside, h=hidden, b=blocks: write_models(Path(at), count=3, hidden=h, blocks=b))
+            folders = [Path(inside, f"model-{i}") for i in range(3)]
             sizes = [about.size for about in read_header(folders[0] / "model.safetensors").values()]
             row: dict[str, Any] = {"tensors": len(sizes), "largest_MB": max(sizes) / 1e6, "model_MB": sum(sizes) / 1e6}
             jobs = [
