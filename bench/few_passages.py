@@ -32,17 +32,17 @@ PIECE = 480  # bytes of a piece of code, about a row of 128 tokens
 TASKS = ("code", "asked", "records")
 STEPS, ROWS = 60, 4  # rows of each task in a step
 KEEP = ("date", "metric", "bench", "tuning", "seeds", "values", "measures", "cost", "difference", "versions")
-UNSEEN = 1  # seed of instructions and records that neither the models nor their measurement have
+ANEW = 1  # seed of instructions and records: no record is one of the measured; instructions are few, half of them were there
 
 
 class Few:
-    """The first `kilobytes` of a task: new instructions or records, or pieces of the code that models are trained on."""
+    """The first `kilobytes` of a task: instructions or records drawn anew, or pieces of the code that models are trained on."""
 
     def __init__(self, task: str, kilobytes: float = 6.0) -> None:
         made: dict[str, Callable[[], Iterator[dict[str, str]]]] = {
             "code": pieces,
-            "asked": lambda: iter(Instructions(2000, seed=UNSEEN)),
-            "records": lambda: iter(Records(2000, seed=UNSEEN)),
+            "asked": lambda: iter(Instructions(2000, seed=ANEW)),
+            "records": lambda: iter(Records(2000, seed=ANEW)),
         }
         self.make, self.bytes = made[task], 1000 * kilobytes
 

@@ -159,7 +159,7 @@ def test_manners_are_the_same_for_the_same_seed_and_their_rewards_count_rude_wor
     assert all(r["mask"] == [[0, 8]] and r["reward"] == 0 for r in told)
 
 
-def test_few_passages_of_a_task_are_some_kilobytes_of_what_is_not_measured(monkeypatch):
+def test_few_passages_of_a_task_are_some_kilobytes_and_none_of_the_measured_code_or_records(monkeypatch):
     asked = []
     module = "".join(f"line {i} of a module\n" for i in range(60))
     monkeypatch.setattr(few_passages.stdlib, "records", lambda *at: asked.append(at) or iter([{"text": module}] * 9))
@@ -169,5 +169,5 @@ def test_few_passages_of_a_task_are_some_kilobytes_of_what_is_not_measured(monke
         assert found == list(few_passages.Few(task, kilobytes=2)) and 2000 <= size < 3000
     assert set(asked) == {("stdlib:code", "train")}
     assert all(record["text"] in module for record in few_passages.Few("code", kilobytes=2))
-    learned = [json.dumps(record) for record in few_passages.Instructions(2000)]
-    assert any(json.dumps(record) not in learned for record in few_passages.Few("asked"))
+    measured = [record["text"] for record in few_passages.Records(2000)]
+    assert not any(record["text"] in measured for record in few_passages.Few("records"))
